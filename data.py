@@ -1,0 +1,184 @@
+"""Examples -> `tf.data` batches, and the one `preprocess` that makes what the network sees.
+
+There is no shuffle buffer: the order is a permutation that is computed (`index_shuffle`), and every random choice for
+an image is a stateless function of (seed, example, view). A stream can therefore start at any step and be the same
+stream, and neither parallelism nor prefetching can change it.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+import images
+from layouts import Examples
+
+MEAN_RGB = (123.68, 116.78, 103.94)  # of ImageNet's training images; what TF-Slim's VGG checkpoints were trained with
+AUGMENTATIONS = ("flip", "rotate", "shear", "zoom", "color")
+CENTRAL_VIEW = -1  # the view of validation and inference; views 0, 1, 2, ... are random crops
+
+# (positions, batch size) -> dataset of (x [B, ...], index [B]); positions are (index, view) pairs of int64 scalars.
+Load = Callable[[tf.data.Dataset, int], tf.data.Dataset]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens between a decoded image and the network.
+
+    image_size: side of the network's square input, pixels.
+    crop_margin: the crop is a square of side min(h, w) - 2 * margin, pixels.
+    augment: names out of `AUGMENTATIONS`; for random views only.
+    """
+
+    image_size: int = 224
+    crop_margin: int = 10
+    augment: tuple[str, ...] = ()
+
+
+def preprocess(image: tf.Tensor, spec: Preprocessing, seed: tf.Tensor | None = None) -> tf.Tensor:
+    """The one way from a decoded image, uint8 [H, W, 3] RGB, to the network's input, float32 [S, S, 3].
+
+    A square crop (central, or random where there is a `seed`, int [2]), area resize, minus `MEAN_RGB`. Pure TensorFlow,
+    so that it can live in an exported model. The margin shrinks to a quarter of a short side under 40 px.
+    """
+    height, width = tf.shape(image)[0], tf.shape(image)[1]
+    short = tf.minimum(height, width)
+    side = short - 2 * tf.minimum(spec.crop_margin, short // 4)
+    room = tf.stack([height, width]) - side
+    if seed is None:
+        top_left = room // 2
+    else:
+        fraction = tf.random.stateless_uniform([2], seed)  # [0, 1)
+        top_left = tf.cast(fraction * tf.cast(room + 1, tf.float32), tf.int32)
+        top_left = tf.minimum(top_left, room)  # the product can round up to room + 1
+    crop = tf.image.crop_to_bounding_box(image, top_left[0], top_left[1], side, side)
+    crop = tf.image.resize(crop, [spec.image_size, spec.image_size], method="area")  # float32, 0..255
+    if seed is not None and spec.augment:
+        crop = _augment(crop, spec.augment, seed)
+    return crop - tf.constant(MEAN_RGB)
+
+
+def _augment(image: tf.Tensor, names: tuple[str, ...], seed: tf.Tensor) -> tf.Tensor:
+    """Random changes of a square image, float32 [S, S, 3] in 0..255, each drawn from its own stateless stream."""
+    draws = {
+        name: tf.random.stateless_uniform([3], tf.random.experimental.stateless_fold_in(seed, number), -1.0, 1.0)
+        for number, name in enumerate(AUGMENTATIONS)
+    }
+    if "flip" in names:
+        image = tf.cond(draws["flip"][0] < 0, lambda: image[:, ::-1], lambda: image)
+    geometry = {"rotate", "shear", "zoom"} & set(names)
+    if geometry:
+        angle = draws["rotate"][0] * np.pi / 12 if "rotate" in names else 0.0  # up to 15 degrees
+        shear = draws["shear"][0] * 0.2 if "shear" in names else 0.0  # up to 11 degrees
+        scale = 1.0 + draws["zoom"][0] * 0.2 if "zoom" in names else 1.0  # 0.8 to 1.2
+        image = _warp(image, angle, shear, scale)
+    if "color" in names:
+        brightness, contrast, saturation = tf.unstack(draws["color"] * tf.constant([32.0, 0.3, 0.3]))
+        grey = tf.reduce_sum(image * tf.constant([0.2989, 0.587, 0.114]), axis=-1, keepdims=True)  # Rec. 601 luma
+        image = grey + (image - grey) * (1.0 + saturation)
+        mean = tf.reduce_mean(image)
+        image = tf.clip_by_value(mean + (image - mean) * (1.0 + contrast) + brightness, 0.0, 255.0)
+    return image
+
+
+def _warp(image: tf.Tensor, angle: tf.Tensor, shear: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """An affine map about the centre of a square image; what comes in from outside is the image's reflection."""
+    side = image.shape[0]
+    centre = (side - 1) / 2.0
+    cos, sin = tf.cos(angle) * scale, tf.sin(angle) * scale
+    # Rows of the map from output to input pixels: rotation and scale, then a horizontal shear.
+    a, b, d, e = cos + shear * sin, -sin + shear * cos, sin, cos
+    c, f = centre - a * centre - b * centre, centre - d * centre - e * centre
+    transform = tf.stack([tf.cast(v, tf.float32) for v in (a, b, c, d, e, f, 0.0, 0.0)])
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=image[tf.newaxis],
+        transforms=transform[tf.newaxis],
+        output_shape=[side, side],
+        fill_value=0.0,
+        interpolation="BILINEAR",
+        fill_mode="REFLECT",
+    )[0]
+
+
+def _read(path: bytes) -> np.ndarray:
+    return images.read_image(os.fsdecode(path))
+
+
+def image_loader(examples: Examples, spec: Preprocessing, view_seed: int) -> Load:
+    """Loads the images of `examples`: x is [B, S, S, 3] float32.
+
+    Raises, while iterating: tf.errors.OpError whose message holds the `images.ImageError` of a file that can't be read.
+    """
+    paths = tf.constant([os.fsencode(path) for path in examples.paths])
+
+    def load_one(index: tf.Tensor, view: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        # Python reads the file since it must read every format; decoding leaves the interpreter free to do the next.
+        image = tf.numpy_function(_read, [tf.gather(paths, index)], tf.uint8, stateful=False)
+        image.set_shape([None, None, 3])
+        seed = tf.random.experimental.stateless_fold_in(tf.stack([tf.constant(view_seed, tf.int64), index]), view)
+        x = tf.cond(view == CENTRAL_VIEW, lambda: preprocess(image, spec), lambda: preprocess(image, spec, seed))
+        return x, index
+
+    def load(positions: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
+        return positions.map(load_one, num_parallel_calls=os.cpu_count() or 1).batch(batch_size)
+
+    return load
+
+
+def train_positions(count: int, seed: int, epoch: tf.Tensor, start: tf.Tensor, views: int = 0) -> tf.data.Dataset:
+    """The (index, view) pairs of one epoch from place `start` on: a permutation of range(count) for each epoch.
+
+    The view is the epoch's number, so that no two epochs see the same crop; with `views`, its remainder.
+    """
+    view = epoch % views if views else epoch
+
+    def position(place: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        key = tf.stack([tf.constant(seed, tf.int64), epoch])
+        return tf.random.experimental.index_shuffle(place, key, tf.constant(count - 1, tf.int64)), view
+
+    return tf.data.Dataset.range(start, count).map(position)
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Steps that visit every example once; the last one of an epoch may be a short batch."""
+    return -(-count // batch_size)
+
+
+def train_batches(
+    load: Load, labels: np.ndarray, batch_size: int, seed: int, first_step: int, last_step: int, views: int = 0
+) -> tf.data.Dataset:
+    """Batches (x, labels int64 [B], indices int64 [B]) of the steps first_step ... last_step - 1 of the run's stream.
+
+    Step s is always the same batch, wherever the stream starts. `last_step` must end an epoch.
+    """
+    count = len(labels)
+    epoch_steps = steps_per_epoch(count, batch_size)
+    first_epoch, first_start = first_step // epoch_steps, first_step % epoch_steps * batch_size
+
+    def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
+        start = tf.where(epoch == first_epoch, tf.constant(first_start, tf.int64), tf.constant(0, tf.int64))
+        return load(train_positions(count, seed, epoch, start, views), batch_size)
+
+    epochs = tf.data.Dataset.range(first_epoch, last_step // epoch_steps)
+    return _with_labels(epochs.flat_map(epoch_batches), labels)
+
+
+def ordered_batches(load: Load, labels: np.ndarray, batch_size: int, view: int = CENTRAL_VIEW) -> tf.data.Dataset:
+    """Batches (x, labels, indices) of one view of every example, in order, the last short batch included."""
+    positions = tf.data.Dataset.range(len(labels)).map(lambda index: (index, tf.constant(view, tf.int64)))
+    return _with_labels(load(positions, batch_size), labels)
+
+
+def _with_labels(batches: tf.data.Dataset, labels: np.ndarray) -> tf.data.Dataset:
+    table = tf.constant(labels, tf.int64)
+    return batches.map(lambda x, indices: (x, tf.gather(table, indices), indices)).prefetch(2)
+
+
+def indices_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The examples of one training step, recomputed."""
+    epoch, within = divmod(step, steps_per_epoch(count, batch_size))
+    start = tf.constant(within * batch_size, tf.int64)
+    positions = train_positions(count, seed, tf.constant(epoch, tf.int64), start).take(batch_size)
+    return [int(index) for index, _ in positions.as_numpy_iterator()]

@@ -1,0 +1,68 @@
+"""Writing files so that another program never reads half of one: aside first, then renamed."""
+
+import csv
+import io
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a path beside `path` to write; at the end of the block that file takes `path`'s place in one step.
+
+    When the block raises, the file written so far is removed and an earlier `path` stays as it was. The yielded name
+    starts with ".tmp-" and keeps the suffix, from which np.savez and Pillow take the format. It is not created here:
+    the writer's open() gives it the user's usual permissions, where tempfile would make it unreadable for others.
+    """
+    path = Path(path)
+    aside = path.with_name(f".tmp-{uuid.uuid4().hex}{path.suffix[:32]}")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())  # else a power cut can leave the new name with no content
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    r"""Writes `text` as UTF-8 with "\n" line ends, aside and renamed.
+
+    A lone surrogate, which is how Python holds a byte of a file name that is not UTF-8, is written as `\udc80`
+    (backslashreplace): the file stays valid UTF-8, and in JSON that escape reads back as the same string.
+    """
+    with replace_file(path) as aside:
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes `value` as JSON, indented by two, aside and renamed; NumPy values as numbers and NaN and inf as null."""
+    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: str | os.PathLike[str], header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a header and rows as CSV, aside and renamed; text as in `write_text`."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types: NaN and infinity, which strict readers refuse, become None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

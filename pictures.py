@@ -1,0 +1,281 @@
+"""The pictures of a run: confusion matrix, curves, grid of images; the only user of matplotlib, behind `report.py`.
+
+Figures are made and drawn without pyplot, so nothing here depends on a display, a chosen backend or global state, and
+threads may draw at the same time. Every file is written aside and renamed.
+"""
+
+import bisect
+import functools
+import itertools
+import math
+import os
+import threading
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.colors import ListedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from files import replace_file
+
+DPI = 100
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # Okabe and Ito 2008; blue is dark and orange light in grey
+FALLBACK_FONTS = (  # used where installed, for what matplotlib's own DejaVu Sans lacks, which is mainly CJK
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Source Han Sans SC",
+    "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC",
+    "Hiragino Sans", "Hiragino Sans GB", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS",
+)  # fmt: skip
+_drawing = threading.Lock()  # matplotlib's caches of fonts and glyphs are shared by all figures
+
+
+def draw_confusion(
+    path: str | os.PathLike[str],
+    confusion: np.ndarray,
+    class_names: Sequence[str],
+    split: str,
+    normalised: bool = False,
+) -> None:
+    """Draws a confusion matrix, int [C, C]: counts, or per cent of each row.
+
+    The colour goes with the square root of the value: one mistake in a hundred is then visible beside a full diagonal.
+    Cells carry their numbers where these fit, which at C above about 50 they do not.
+    """
+    count = len(class_names)
+    support = confusion.sum(axis=1, keepdims=True)  # [C, 1]
+    values = np.asarray(confusion, np.float64)
+    if normalised:
+        values = np.where(support > 0, 100 * values / np.maximum(support, 1), np.nan)
+    side = max(4.0, min(0.42 * count, 10.0), min(0.15 * count, 30.0))  # inches
+    cell, every = side / count, math.ceil(count * 0.13 / side)
+    names = [_fit(name, 1.9) for name in picture_names(class_names)[::every]]  # those that have room
+    longest = max(map(_text_inches, names))
+    upright = longest > cell - 0.1
+    left, bottom, top, right = longest + 0.5, (longest if upright else 0.15) + 0.5, 0.5, 1.05
+    width, height = left + side + right, bottom + side + top
+    figure = Figure((width, height), dpi=DPI)
+    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    maximum = 100.0 if normalised else max(1.0, values.max())
+    shades = colormaps["Blues"](np.linspace(0.15, 1, 255))
+    colours = ListedColormap([(1, 1, 1, 1), *shades]).with_extremes(bad="0.85")  # white is zero and nothing else
+    image = axes.imshow(values, cmap=colours, norm=PowerNorm(0.5, 0, maximum), interpolation="nearest")
+    ticks = range(0, count, every)
+    axes.set_xticks(ticks, names, rotation=90 if upright else 0, **_text_style())
+    axes.set_yticks(ticks, names, **_text_style())
+    if cell > 0.1:
+        edges, limits = np.arange(1, count) - 0.5, (-0.5, count - 0.5)
+        axes.vlines(edges, *limits, color="0.8", linewidth=0.4)
+        axes.hlines(edges, *limits, color="0.8", linewidth=0.4)
+        axes.set(xlim=limits, ylim=limits[::-1])
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    _annotate(axes, values, cell, normalised)
+    bar_axes = figure.add_axes(((left + side + 0.15) / width, bottom / height, 0.18 / width, side / height))
+    bar = figure.colorbar(image, cax=bar_axes, ticks=MaxNLocator(6, integer=True))
+    bar.set_label(("per cent of the true class" if normalised else "images") + " (square-root colour scale)")
+    absent = "; grey: no examples" if normalised and not support.all() else ""
+    title = f"{split}: {int(support.sum())} examples{absent}"
+    axes.set_title(_fit(_drawable(title), side, 10), **_text_style(10))
+    _save(figure, path)
+
+
+def image_grid(
+    path: str | os.PathLike[str], images: Sequence[np.ndarray], titles: Sequence[str], columns: int, title: str = ""
+) -> None:
+    """Draws images (uint8 [H, W, 3], any sizes) in rows, each under its title of one or more lines; "" for none.
+
+    A line too long for its cell is shortened. Raises ValueError without images.
+    """
+    if not images or len(images) != len(titles):
+        raise ValueError(f"expected images and a title for each, got {len(images)} and {len(titles)}")
+    lines = [text.split("\n") for text in titles]
+    box, gap, line_height = 2.0, 0.12, 0.15  # inches
+    text_height = max(map(len, lines)) * line_height + gap / 2 if any(titles) else 0.0
+    shown_heights = [box * min(1.0, image.shape[0] / image.shape[1]) for image in images]
+    row_heights = [max(shown_heights[i : i + columns]) for i in range(0, len(images), columns)]
+    title, top = _drawable(title), 0.45 if title else gap
+    width = max(min(columns, len(images)) * (box + gap), _text_inches(title, 10)) + gap
+    height = top + sum(row_heights) + len(row_heights) * (text_height + 1.5 * gap)
+    figure = Figure((width, height), dpi=DPI)
+    figure.text(gap / width, 1 - 0.28 / height, title, verticalalignment="baseline", **_text_style(10))
+    for i, image in enumerate(images):
+        row = i // columns
+        x = gap + (i % columns) * (box + gap)
+        y = top + sum(row_heights[:row]) + row * (text_height + 1.5 * gap)
+        for j, line in enumerate(lines[i]):
+            shown = _fit(_drawable(line), box)
+            figure.text(x / width, 1 - (y + (j + 0.75) * line_height) / height, shown, **_text_style())
+        y += text_height + row_heights[row]
+        area = (x / width, 1 - y / height, box / width, row_heights[row] / height)
+        axes = figure.add_axes(area, anchor="NW")
+        axes.imshow(image)
+        axes.set_axis_off()
+    _save(figure, path)
+
+
+def draw_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]]) -> None:
+    """Draws loss, accuracy and learning rate against the epoch from the lines of metrics.jsonl; no records, no file.
+
+    A record is {step, epoch, split: train|val, stage, loss, accuracy, learning_rate}; a figure that is missing, null,
+    NaN or infinite leaves a gap. Of records of the same split and step, as a resumed run may leave, the last counts.
+    """
+    unique = {(record["split"], record["step"]): record for record in records}
+    records = sorted(unique.values(), key=lambda record: int(record["step"]))
+    if not records:
+        return
+    figure = Figure((8.0, 9.0), dpi=DPI, layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
+    styles = {"train": ("training", BLUE, "-", "."), "val": ("validation", ORANGE, "--", "o")}
+    for split, (label, colour, line, marker) in styles.items():
+        lines = [record for record in records if record["split"] == split]
+        if not lines:
+            continue
+        few = marker if split == "val" or len(lines) <= 100 else ""  # a single point has no line
+        for axes, key in zip(panels[:2], ("loss", "accuracy"), strict=True):
+            axes.plot(_column(lines, "epoch"), _column(lines, key), line, color=colour, marker=few, label=label,
+                      markersize=5, linewidth=1.4)  # fmt: skip
+    rates = [record for record in records if math.isfinite(_number(record.get("learning_rate")))]
+    for _, group in itertools.groupby(rates, key=lambda record: record["stage"]):  # no line from stage to stage
+        lines = list(group)
+        panels[2].plot(_column(lines, "epoch"), _column(lines, "learning_rate"), color=GREEN,
+                       marker="." if len(rates) <= 100 else "", linewidth=1.4)  # fmt: skip
+    for axes, label in zip(panels, ("loss", "accuracy", "learning rate"), strict=True):
+        axes.set_ylabel(label)
+        axes.grid(color="0.9")
+    panels[2].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    panels[2].set_xlabel("epoch")
+    _mark_stages(panels, records)
+    _add_step_axis(panels[0], records)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def stage_changes(records: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
+    """(epoch, name) of every stage after the first, from records in the order of their steps.
+
+    A stage begins where the one before left its last record, which is its last validation, not one log interval later.
+    """
+    pairs = itertools.pairwise(records)
+    return [(float(a["epoch"]), str(b["stage"])) for a, b in pairs if a["stage"] != b["stage"]]
+
+
+def _mark_stages(panels: Sequence[Axes], records: Sequence[dict[str, Any]]) -> None:
+    """A red vertical line through every panel where a stage begins, with its name beside it in the first."""
+    left, right = panels[0].get_xlim()
+    for epoch, stage in stage_changes(records):
+        for axes in panels:
+            axes.axvline(epoch, color="red", linewidth=1.5)
+        before = (epoch - left) / (right - left) > 0.6  # keeps the text inside the panel
+        panels[0].annotate(
+            _fit(f"{_drawable(stage)} begins", 3.0), (epoch, 0.97), (-5 if before else 5, 0),
+            xycoords=("data", "axes fraction"), textcoords="offset points", color="red",
+            horizontalalignment="right" if before else "left", verticalalignment="top",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}, **_text_style(9),
+        )  # fmt: skip
+
+
+def _add_step_axis(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
+    """Steps along the top, where every record agrees on the number of steps in an epoch."""
+    steps, epochs = _column(records, "step"), _column(records, "epoch")
+    if not epochs.max() > 0 or not steps.max() > 0:
+        return
+    rate = steps.max() / epochs.max()
+    if np.allclose(steps, epochs * rate, atol=max(1.0, 0.002 * steps.max())):
+        top = axes.secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
+        top.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        top.set_xlabel("step")
+
+
+def _annotate(axes: Axes, values: np.ndarray, cell: float, normalised: bool) -> None:
+    """Writes the numbers into the cells, `cell` inches wide, in the largest size that fits; none if that is too small.
+
+    Zeros are left out of large matrices, where they would hide the mistakes.
+    """
+    least = 0 if len(values) < 10 else np.finfo(np.float64).tiny
+    cells = np.argwhere(values >= least).tolist()  # no NaN
+    texts = [_percent(float(values[i, j])) if normalised else f"{values[i, j]:.0f}" for i, j in cells]
+    widest = max(map(_text_inches, set(texts)), default=0.1) / 8  # inches per point of size
+    size = min(11.0, 0.9 * cell / widest, 0.7 * cell * 72)
+    if size < 6.5:
+        return
+    for (i, j), text in zip(cells, texts, strict=True):
+        dark = values[i, j] > 0.4 * (100 if normalised else values.max())
+        colour = "0.6" if values[i, j] == 0 else "white" if dark else "black"
+        axes.text(j, i, text, color=colour, fontsize=size, ha="center", va="center_baseline", parse_math=False)
+
+
+def _percent(value: float) -> str:
+    """A whole number, but 0 and 100 are kept for none and all."""
+    return "<1" if 0 < value < 0.5 else ">99" if 99.5 <= value < 100 else f"{value:.0f}"
+
+
+def picture_names(class_names: Sequence[str]) -> list[str]:
+    """Class names as pictures show them: what no font can draw is a box, and the class number then tells them apart."""
+    drawn = [_drawable(name) for name in class_names]
+    return [f"{i} {d}" if d.count("□") > n.count("□") else d
+            for i, (d, n) in enumerate(zip(drawn, class_names, strict=True))]  # fmt: skip
+
+
+def _drawable(text: str) -> str:
+    """`text` on one line with "□" for every character that would make matplotlib warn of a missing glyph."""
+    known = _fonts()[1]
+    composed = unicodedata.normalize("NFC", text)
+    return "".join(" " if c.isspace() else c if c.isprintable() and ord(c) in known else "□" for c in composed)
+
+
+@functools.cache
+def _fonts() -> tuple[tuple[str, ...], frozenset[int]]:
+    """Font families in the order of preference, and the characters that one of them has."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    families = ("DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed))
+    fonts = [font_manager.get_font(font_manager.findfont(FontProperties(family=[name]))) for name in families]
+    return families, frozenset().union(*(font.get_charmap() for font in fonts))
+
+
+def _text_style(size: float = 8) -> dict[str, Any]:
+    """Keywords for text that a user chose: fonts that have its characters, and `$` is a dollar sign."""
+    return {"fontfamily": list(_fonts()[0]), "fontsize": size, "parse_math": False}
+
+
+@functools.lru_cache(maxsize=4096)
+def _text_inches(text: str, size: float = 8) -> float:
+    """The width of drawn text."""
+    font = FontProperties(family=list(_fonts()[0]), size=size)
+    renderer = RendererAgg(1, 1, DPI)
+    width, _, _ = renderer.get_text_width_height_descent(text, font, False)
+    return float(width) / DPI
+
+
+def shorten(text: str, limit: int) -> str:
+    """`text` in at most `limit` characters (2 or more), an ellipsis in its middle: names often differ in their ends."""
+    head = limit // 2
+    return text if len(text) <= limit else text[:head] + "…" + text[len(text) - (limit - head - 1) :]
+
+
+def _fit(text: str, inches: float, size: float = 8) -> str:
+    """`text`, with an ellipsis in its middle where it would be wider than `inches`."""
+    text = shorten(text, 200)
+    # The first length that is too wide, by bisection: thousands of texts of one character less each take seconds.
+    lengths = range(2, len(text) + 1)
+    first = bisect.bisect_left(lengths, True, key=lambda length: _text_inches(shorten(text, length), size) > inches)
+    return shorten(text, max(first + 1, 2))
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    with _drawing, replace_file(path) as aside:
+        FigureCanvasAgg(figure).print_png(aside, metadata={"Software": None})
+
+
+def _column(records: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+    """float64 [len(records)], NaN for what is missing or not finite."""
+    return np.array([_number(record.get(key)) for record in records], np.float64)
+
+
+def _number(value: Any) -> float:
+    return float(value) if value is not None and math.isfinite(value) else math.nan

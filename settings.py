@@ -1,0 +1,108 @@
+"""Every setting of a training run, in one place: name, default, range and help; `train.py` makes its flags of them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from console import UserError
+from data import AUGMENTATIONS
+from model import HEADS, NETWORKS
+
+
+def _setting(
+    default: Any, help: str, choices: tuple[str, ...] = (), least: float | None = None, below: float | None = None
+) -> Any:
+    """A field; numbers are in [least, below)."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "least": least, "below": below}
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are the published recipe: end to end, 20 epochs, momentum SGD, learning rate 1e-3 to 1e-7."""
+
+    pretrained: str = _setting(
+        "imagenet",
+        "weights to start from: a file (TF-Slim checkpoint, Keras HDF5, npz), a run directory, "
+        "'imagenet' (data/vgg_19.ckpt if there, else the pip-installed convolution weights), or 'none'",
+    )
+    network: str = _setting("vgg_19", "architecture", choices=tuple(NETWORKS))
+    head: str = _setting(
+        "auto",
+        "what follows conv5: fc6, fc7 and fc8; global average pooling and a linear layer; a linear layer on the "
+        "flattened features; 'auto': fc if the weights bring fc6 and fc7, else gap",
+        choices=("auto", *HEADS),
+    )
+    train_from: str = _setting(
+        "conv1",
+        "first stage to train (conv1: end to end); 'head': the new layers alone",
+        choices=("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8", "head"),
+    )
+    head_epochs: int = _setting(0, "of the epochs, the first N train the new layers alone", least=0)
+    cached_views: int = _setting(
+        -1,
+        "compute the activations below the trained stages once, for N random views of each training image, and train "
+        "on those; 0: never; default: 2 where the head alone is trained, else 0",
+        least=-1,
+    )
+    cache_dir: str = _setting("features", "folder of the cached activations, shared between runs")
+    epochs: int = _setting(20, "passes over the training images", least=1)
+    batch_size: int = _setting(64, "images a step", least=1)
+    accumulate: int = _setting(1, "compute a batch in N parts, to fit a large batch in little memory", least=1)
+    learning_rate: float = _setting(1e-3, "learning rate at the first step", least=0)
+    end_learning_rate: float = _setting(1e-7, "learning rate that the linear decay ends at", least=0)
+    new_layer_rate: float = _setting(1.0, "factor on the learning rate of newly initialised layers", least=0)
+    momentum: float = _setting(0.9, "momentum of SGD", least=0, below=1)
+    weight_decay: float = _setting(5e-4, "L2 penalty on weights, not on biases", least=0)
+    clip_norm: float = _setting(0.0, "scale the gradient down to this global norm; 0: never", least=0)
+    dropout: float = _setting(0.5, "fraction of the outputs of fc6 and fc7 dropped while training", least=0, below=1)
+    label_smoothing: float = _setting(0.0, "probability moved from the true class to all classes", least=0, below=1)
+    class_weights: str = _setting(
+        "none", "'balanced': every class weighs the same, however few its images", choices=("none", "balanced")
+    )
+    patience: int = _setting(0, "stop after N epochs without a better validation accuracy; 0: never", least=0)
+    image_size: int = _setting(224, "side of the network's input, pixels", least=32, below=2049)
+    crop_margin: int = _setting(10, "the crop is a square of side min(h, w) - 2 * margin, pixels", least=0)
+    augment: tuple[str, ...] = _setting((), "random changes of training images beside the crop", choices=AUGMENTATIONS)
+    examples_per_class: int = _setting(0, "train on N images of each class; 0: all", least=0)
+    val_fraction: float = _setting(0.2, "share of images to validate on where DATA has no such split", below=1, least=0)
+    test_fraction: float = _setting(0.0, "share of images to keep for a test split", least=0, below=1)
+    image_root: str = _setting("", "folder that the paths of a CSV are relative to; default: the CSV's own")
+    on_bad_image: str = _setting(
+        "fail", "a file that can't be decoded: stop before training, or go on without it", choices=("fail", "skip")
+    )
+    precision: str = _setting(
+        "auto",
+        "type of the convolutions and fc products; 'auto': bfloat16 where the hardware computes in it",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    deterministic: bool = _setting(False, "the same result on every run on one GPU, slower; a CPU always gives it")
+    seed: int = _setting(0, "of initial values, order, crops, augmentation and dropout", least=0, below=2**31)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value that is out of range, or for values that contradict each other."""
+        for field in dataclasses.fields(self):
+            value, flag = getattr(self, field.name), flag_name(field)
+            least, below = field.metadata["least"], field.metadata["below"]
+            if least is not None and not value >= least:  # `not >=` so that NaN is refused too
+                raise UserError(f"{flag} {value}: must be at least {least}")
+            if (below is not None and not value < below) or value == float("inf"):
+                raise UserError(f"{flag} {value}: must be less than {below or 'infinity'}")
+        if self.head_epochs > self.epochs:
+            raise UserError(
+                f"--head-epochs {self.head_epochs}: more than --epochs {self.epochs}, of which they are part"
+            )
+        if self.accumulate > self.batch_size:
+            raise UserError(
+                f"--accumulate {self.accumulate}: more parts than --batch-size {self.batch_size} has images"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**dataclasses.asdict(self), "augment": list(self.augment)}
+
+
+def flag_name(field: dataclasses.Field) -> str:
+    """The command-line flag of a setting."""
+    return "--" + field.name.replace("_", "-")

@@ -1,0 +1,63 @@
+"""What the tests share: a quiet TensorFlow, the real images, and the scripts run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before any test module imports TensorFlow or matplotlib.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["MPLBACKEND"] = "Agg"
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes a warning that one of the project's own modules causes an error."""
+    for module in ROOT.glob("*.py"):
+        config.addinivalue_line("filterwarnings", rf"error:::{module.stem}$")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data sets beside the project, `../shared/data`, or wherever VGG_SHARED_DATA points."""
+    named = os.environ.get("VGG_SHARED_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        if named:
+            pytest.fail(f"VGG_SHARED_DATA={named} is not a folder")
+        pytest.skip(f"no real data sets at {folder} (VGG_SHARED_DATA names another place)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of real photographs, 12 classes of 3 training and 2 validation pictures; not to be changed."""
+    from tools.sample_data import make_sample
+
+    folder = tmp_path_factory.mktemp("sample") / "images"
+    make_sample(folder, train=3, val=2)
+    return folder
+
+
+@pytest.fixture
+def run_script() -> RunScript:
+    """Runs one of the project's scripts in a process of its own: `run_script("train.py", data, "--run", run, cwd=…)`.
+
+    `cwd` must be given, so that no test leaves a run in the project's folder.
+    """
+    # Without it the scripts quieten TensorFlow themselves, as they do for a user.
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+
+    def run(script: str, *args: object, cwd: Path, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        return subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run

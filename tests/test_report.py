@@ -1,0 +1,367 @@
+"""The numbers in the result files, and pictures whose texts neither leave the figure nor touch each other."""
+
+import csv
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+import files
+import metrics
+import pictures
+import report
+
+pytestmark = pytest.mark.filterwarnings("error")  # a missing glyph is a warning in matplotlib
+ODD_NAMES = ["$x_1$ and $", "日本語", "a\tb\nc", "\udcff.d", "🙂", "x" * 300, "عربى", ""]
+
+
+def example(class_count=3, per_class=4, seed=0):
+    """(labels [N], probabilities [N, C], names) with some mistakes."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(class_count), per_class)
+    logits = rng.normal(size=(len(labels), class_count))
+    logits[np.arange(len(labels)), labels] += 1
+    return labels, metrics.softmax(logits), [f"image {i}.jpg" for i in range(len(labels))]
+
+
+def read_image(name):
+    return np.full((30, 40, 3), len(name), np.uint8)
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def png_size(path):
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        return image.size
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that `pictures` would save, drawn; `drawn_texts` of each: (text, its box in pixels)."""
+    figures = []
+
+    def keep(figure, path):
+        figure.drawn_texts = []
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        draw_text = renderer.draw_text
+
+        def record_and_draw(gc, x, y, s, prop, angle, ismath=False, mtext=None):
+            figure.drawn_texts.append((s, mtext.get_window_extent(renderer)))
+            draw_text(gc, x, y, s, prop, angle, ismath, mtext)
+
+        renderer.draw_text = record_and_draw
+        figure.draw(renderer)
+        figures.append(figure)
+
+    monkeypatch.setattr(pictures, "_save", keep)
+    return figures
+
+
+def check_texts(figure):
+    """The texts of a figure, in the order of drawing, after a check that none is cut off and no two overlap."""
+    texts, boxes = zip(*figure.drawn_texts, strict=True)
+    low, high = np.array([box.min for box in boxes]), np.array([box.max for box in boxes])  # [N, 2]
+    outside = ((low < 0) | (high > figure.bbox.max)).any(axis=1)
+    assert not outside.any(), np.array(texts)[outside]
+    low, high = low + 1, high - 1  # the boxes are rounded up to whole pixels
+    touching = ((low[:, None] < high) & (low < high[:, None])).all(axis=2)  # [N, N]
+    pairs = [(texts[i], texts[j]) for i, j in np.argwhere(touching) if i < j]
+    assert not pairs
+    return list(texts)
+
+
+# Result files
+
+
+def test_write_results_numbers(tmp_path):
+    labels = np.array([0, 0, 1, 1, 2])
+    probabilities = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.3, 0.6, 0.1], [0.4, 0.35, 0.25], [0, 0.1, 0.9]])
+    names = ["a, b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
+    classes = ["cat", "dog", "eel"]
+    folder, extra = tmp_path / "new", {"step": 7, "best": np.float32("nan")}
+    results = report.write_results(folder, "val", classes, labels, probabilities, names, extra, read_image)
+    assert sorted(os.listdir(folder)) == [
+        "confusion-val-normalised.png", "confusion-val.csv", "confusion-val.png", "predictions-val.csv",
+        "results-val.json", "results-val.txt", "worst-val.png",
+    ]  # fmt: skip
+    saved = json.loads((folder / "results-val.json").read_text("utf-8"))
+    assert saved == {**results, "best": None}
+    assert (saved["split"], saved["step"], saved["examples"], saved["accuracy"]) == ("val", 7, 5, 0.6)
+    assert saved["log_loss"] == pytest.approx(-np.log([0.8, 0.2, 0.6, 0.35, 0.9]).mean())
+    assert saved["per_class"][0]["precision"] == 0.5
+    assert read_csv(folder / "confusion-val.csv") == [
+        ["true \\ predicted", "cat", "dog", "eel"],
+        ["cat", "1", "1", "0"], ["dog", "1", "1", "0"], ["eel", "0", "0", "1"],
+    ]  # fmt: skip
+    predictions = read_csv(folder / "predictions-val.csv")
+    assert predictions[0] == ["image", "true", "predicted", "probability", "probability_true", "correct"]
+    assert predictions[1] == ["a, b.jpg", "cat", "cat", "0.800000", "0.800000", "1"]
+    assert predictions[2] == ["c.jpg", "cat", "dog", "0.700000", "0.200000", "0"]
+    assert len(predictions) == 6
+    lines = (folder / "results-val.txt").read_text("utf-8").splitlines()
+    assert [line.split() for line in lines[2:7:2]] == [["cat", "dog", "eel"], ["0", "cat", "1", "1", "0"],
+                                                       ["2", "eel", "0", "0", "1"]]  # fmt: skip
+    text = "\n".join(lines)
+    assert text.index("Confusion") < text.index("0 cat") < text.index("accuracy") < text.index("step: 7")
+    assert ["accuracy", "0.6000"] in [line.split() for line in lines]
+    assert lines[-1] == "examples: 5"
+    width, height = png_size(folder / "confusion-val.png")
+    assert 400 < width < 800 and 400 < height < 800  # noqa: PT018
+    png_size(folder / "confusion-val-normalised.png")
+    png_size(folder / "worst-val.png")
+
+
+def test_text_of_many_classes_numbers_its_columns():
+    labels, probabilities, _ = example(30, 1)
+    confusion = metrics.confusion_matrix(labels, probabilities.argmax(axis=1), 30)
+    names = [f"class_{i}" for i in range(30)]
+    lines = report.results_text(confusion, names, metrics.scores(confusion, probabilities, labels, names)).splitlines()
+    assert "numbered as the rows are" in lines[0]
+    assert lines[2].split() == [str(i) for i in range(30)]
+    assert [int(cell) for cell in lines[4 + 12].split()[2:]] == confusion[12].tolist()
+    assert len({len(line) for line in lines[2 : 4 + 30]}) == 1  # aligned
+
+
+def test_odd_names_go_through(tmp_path):
+    labels, probabilities, names = example(len(ODD_NAMES), 2)
+    names[0] = "folder/\udcff$\n.jpg"
+    report.write_results(tmp_path, "val", ODD_NAMES, labels, probabilities, names, {"note": "\udc80"}, read_image)
+    for path in tmp_path.iterdir():
+        if path.suffix != ".png":
+            path.read_bytes().decode("utf-8")
+    saved = json.loads((tmp_path / "results-val.json").read_text("utf-8"))
+    assert [line["class"] for line in saved["per_class"]] == ODD_NAMES  # surrogates too
+    assert saved["note"] == "\udc80"
+    assert read_csv(tmp_path / "predictions-val.csv")[1][0] == "folder/\\udcff$\n.jpg"
+
+
+def test_write_results_refuses_what_does_not_fit(tmp_path):
+    labels, probabilities, names = example()
+    with pytest.raises(ValueError, match="accuracy"):
+        report.write_results(tmp_path, "val", list("abc"), labels, probabilities, names, {"accuracy": 1})
+    with pytest.raises(ValueError, match="got 11 for 12"):
+        report.write_results(tmp_path, "val", list("abc"), labels, probabilities, names[1:])
+    with pytest.raises(ValueError, match="at least one example"):
+        report.write_results(tmp_path, "val", list("abc"), labels[:0], probabilities[:0], [])
+    assert not list(tmp_path.iterdir())
+
+
+# Confusion pictures
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("class_count", [1, 2, 8, 20])
+def test_confusion_picture_is_legible(figures, class_count, normalised):
+    labels, probabilities, _ = example(class_count, 30)
+    confusion = metrics.confusion_matrix(labels, probabilities.argmax(axis=1), class_count)
+    names = [f"strawberry_shortcake_{i}" for i in range(class_count)]
+    pictures.draw_confusion("unused", confusion, names, "val", normalised)
+    texts = check_texts(figures[0])
+    assert {"predicted class", "true class"} <= set(texts)
+    assert all(texts.count(name) == 2 for name in names)
+    box = figures[0].axes[0].get_window_extent()
+    assert box.width == pytest.approx(box.height)
+
+
+def test_confusion_picture_shows_the_counts(figures):
+    pictures.draw_confusion("unused", np.array([[5, 0], [996, 4]]), ["cat", "dog"], "val")
+    pictures.draw_confusion("unused", np.array([[5, 0], [996, 4]]), ["cat", "dog"], "val", normalised=True)
+    cells = [[text.get_text() for text in figure.axes[0].texts] for figure in figures]
+    assert cells == [["5", "0", "996", "4"], ["100", "0", ">99", "<1"]]
+
+
+@pytest.mark.parametrize("class_count", [40, 101])
+def test_confusion_picture_of_many_classes_names_each(figures, class_count):
+    labels, probabilities, _ = example(class_count, 10)
+    confusion = metrics.confusion_matrix(labels, probabilities.argmax(axis=1), class_count)
+    names = [f"grilled_cheese_sandwich_{i}" for i in range(class_count)]
+    pictures.draw_confusion("unused", confusion, names, "val")
+    texts = check_texts(figures[0])
+    assert all(texts.count(name) == 2 for name in names)
+    assert min(box.height for _, box in figures[0].drawn_texts) >= 8  # pixels
+    assert max(figures[0].bbox.size) < 2000
+
+
+def test_confusion_picture_of_400_classes_stays_a_picture(figures):
+    pictures.draw_confusion("unused", np.eye(400, dtype=np.int64), [f"class {i}" for i in range(400)], "val")
+    assert check_texts(figures[0]).count("class 398") == 2
+    assert max(figures[0].bbox.size) < 3500
+
+
+def test_absent_classes_are_grey_and_no_division_by_zero(figures):
+    pictures.draw_confusion("unused", np.array([[0, 0], [1, 2]]), ["cat", "dog"], "val", normalised=True)
+    assert "grey: no examples" in figures[0].axes[0].get_title()
+    assert np.ma.getmaskarray(figures[0].axes[0].images[0].get_array()).tolist() == [[True, True], [False, False]]
+
+
+# Contact sheets
+
+
+def test_worst_mistakes_come_with_the_most_confident_first(figures):
+    labels = np.array([0, 1, 0, 1])
+    probabilities = np.array([[0.4, 0.6], [0.9, 0.1], [0.7, 0.3], [0.6, 0.4]])
+    chosen, mistakes = report.worst_examples(labels, probabilities, 2)
+    assert (chosen.tolist(), mistakes) == ([1, 0], 3)
+    report.draw_worst("unused", "val", ["cat", "dog"], labels, probabilities, list("abcd"), read_image, 2)
+    assert check_texts(figures[0]) == [
+        "val: the 2 most confident of 3 mistakes in 4 examples",
+        "true: dog", "predicted: cat", "probability 0.900 (true class 0.100)", "b",
+        "true: cat", "predicted: dog", "probability 0.600 (true class 0.400)", "a",
+    ]  # fmt: skip
+
+
+def test_without_mistakes_the_least_confident_are_shown(figures):
+    labels, probabilities = np.array([0, 1]), np.array([[0.9, 0.1], [0.4, 0.6]])
+    report.draw_worst("unused", "val", ["cat", "dog"], labels, probabilities, ["a", "b"], read_image, 1)
+    texts = check_texts(figures[0])
+    assert texts[0] == "val: no mistakes in 2 examples; the 1 least confident right answers"
+    assert texts[1:] == ["true: dog", "predicted: dog", "probability 0.600", "b"]
+
+
+def test_image_grid(tmp_path, figures, monkeypatch):
+    images = [np.full(shape, 200, np.uint8) for shape in ((50, 100, 3), (300, 10, 3), (1, 1, 3))]
+    report.image_grid("unused", images, ["long " * 40, "two\nlines", ""], 2, "title")
+    texts = check_texts(figures[0])
+    assert "…" in texts[1]
+    assert texts[2:] == ["two", "lines"]
+    shapes = [axes.images[0].get_array().shape for axes in figures[0].axes]
+    assert shapes == [image.shape for image in images]
+    monkeypatch.undo()
+    report.image_grid(tmp_path / "grid.png", images, ["", "", ""], 3)
+    width, height = png_size(tmp_path / "grid.png")
+    assert 600 < width < 700 and 200 < height < 260  # noqa: PT018
+    with pytest.raises(ValueError, match="got 0"):
+        report.image_grid(tmp_path / "none.png", [], [], 3)
+
+
+# Curves
+
+
+def records_of(steps, steps_per_epoch=10, change_after=None):
+    lines = []
+    for step in steps:
+        stage = "head" if change_after is None or step <= change_after else "$conv5_1$"
+        line = {"step": step, "epoch": step / steps_per_epoch, "stage": stage, "loss": 1 / step, "accuracy": 0.9}
+        lines.append({**line, "split": "train", "learning_rate": 1e-3})
+        if step % steps_per_epoch == 0:
+            lines.append({**line, "split": "val"})
+    return lines
+
+
+def test_curves_show_what_the_records_say(figures):
+    report.draw_curves("unused", records_of(range(5, 101, 5), change_after=30))
+    texts = check_texts(figures[0])
+    assert {"loss", "accuracy", "learning rate", "epoch", "step", "training", "validation"} <= set(texts)
+    assert "$conv5_1$ begins" in texts
+    loss, accuracy, rate = figures[0].axes
+    training, validation, stage = loss.lines
+    assert training.get_xdata() == pytest.approx(np.arange(0.5, 10.1, 0.5))
+    assert training.get_ydata() == pytest.approx(1 / np.arange(5, 101, 5))
+    assert validation.get_xdata() == pytest.approx(np.arange(1, 11))
+    assert training.get_linestyle() != validation.get_linestyle()  # told apart in grey
+    for axes in (loss, accuracy, rate):
+        line = axes.lines[-1]
+        assert (list(line.get_xdata()), line.get_color()) == ([3.0, 3.0], "red")
+    assert stage is loss.lines[-1]
+    assert rate.lines[0].get_ydata() == pytest.approx(1e-3)
+
+
+def test_a_resumed_run_repeats_no_point(figures):
+    records = records_of(range(5, 61, 5))
+    repeated = [{**record, "loss": 7.0} for record in records_of(range(45, 81, 5))]
+    report.draw_curves("unused", records + repeated)
+    training = figures[0].axes[0].lines[0]
+    assert training.get_xdata() == pytest.approx(np.arange(0.5, 8.1, 0.5))
+    assert training.get_ydata()[8:] == pytest.approx(7)
+
+
+def test_curves_of_next_to_nothing(tmp_path):
+    path = tmp_path / "curves.png"
+    report.draw_curves(path, [])
+    assert not list(tmp_path.iterdir())
+    one = {"step": 0, "epoch": 0.0, "split": "val", "stage": "head", "loss": float("nan"), "accuracy": None}
+    for records in ([one], records_of([1]), [{**one, "loss": float("inf")}, *records_of([3], change_after=1)]):
+        report.draw_curves(path, records)
+        assert png_size(path) == (800, 900)
+
+
+def test_curves_leave_a_gap_for_nan(figures):
+    records = records_of([1, 2, 3])
+    records[1]["loss"] = float("nan")
+    report.draw_curves("unused", records)
+    assert np.isnan(figures[0].axes[0].lines[0].get_ydata()).tolist() == [False, True, False]
+
+
+def test_threads_may_draw(tmp_path):
+    errors = []
+
+    def draw(i):
+        try:
+            report.draw_curves(tmp_path / f"{i}.png", records_of(range(5, 51, 5)))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=draw, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len({(tmp_path / f"{i}.png").read_bytes() for i in range(4)}) == 1  # same picture, same bytes
+
+
+# Tables and files
+
+
+def test_table_aligns():
+    rows = [["cat", 1, 0.5, None], ["日本", 20, 1e-7, 3], ["a\nb", 3]]
+    assert report.table(rows, ["name", "n", "score", "x"]).split("\n") == [
+        "name   n   score  x",
+        "----  --  ------  -",
+        "cat    1  0.5000  -",
+        "日本  20   1e-07  3",
+        "a\\nb   3",
+    ]
+    assert report.table([], ["a", "bc"]) == "a  bc\n-  --"
+
+
+def test_markdown_table():
+    assert report.markdown_table([["a|b", 0.25]], ["run", "accuracy"]).split("\n") == [
+        "| run | accuracy |", "| --- | ---: |", "| a\\|b | 0.2500 |",
+    ]  # fmt: skip
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path):
+    path = tmp_path / "file.txt"
+    files.write_text(path, "old")
+
+    def interrupted():
+        with files.replace_file(path) as aside:
+            aside.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    with files.replace_file(path) as aside:
+        assert (aside.parent, aside.suffix) == (tmp_path, ".txt")
+        aside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_new_files_have_the_usual_permissions(tmp_path):
+    (tmp_path / "plain").write_text("")
+    files.write_json(tmp_path / "written", {"a": [np.int64(1), np.inf, np.arange(2)], "p": tmp_path})
+    assert os.stat(tmp_path / "written").st_mode == os.stat(tmp_path / "plain").st_mode
+    assert json.loads((tmp_path / "written").read_text()) == {"a": [1, None, [0, 1]], "p": str(tmp_path)}

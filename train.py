@@ -1,0 +1,67 @@
+"""Fine-tunes VGG on your own images: python train.py DATA [flags]."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import shlex
+import sys
+import time
+
+from console import ArgumentParser, Stopped, exit_status, quiet_tensorflow
+
+quiet_tensorflow()
+
+from experiment import train
+from run import Run
+from settings import Settings, flag_name
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str, str | None, Settings]:
+    """DATA, --run, and the settings."""
+    parser = ArgumentParser(
+        description="Fine-tune an ImageNet-pretrained VGG on your own images.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="a folder (Food-101, split folders, a folder per class) or a CSV (path,label[,split])",
+    )
+    parser.add_argument("--run", help="run directory; one that exists is resumed; default: checkpoints/<time>-<hash>")
+    for field in dataclasses.fields(Settings):
+        flag, default, help = flag_name(field), field.default, field.metadata["help"]
+        choices = field.metadata["choices"] or None
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", help=help)
+        elif isinstance(default, tuple):
+            parser.add_argument(flag, nargs="*", default=default, choices=choices, help=help)
+        else:
+            parser.add_argument(flag, type=type(default), default=default, choices=choices, help=help)
+    values = vars(parser.parse_args(arguments))
+    data, run = values.pop("data"), values.pop("run")
+    values["augment"] = tuple(values["augment"])
+    return data, run, Settings(**values)
+
+
+def main() -> int:
+    data, run, settings = parse_arguments(sys.argv[1:])
+    if run is None:
+        key = json.dumps([data, settings.as_dict()], sort_keys=True)
+        run = f"checkpoints/{time.strftime('%Y%m%d-%H%M%S')}-{hashlib.sha256(key.encode()).hexdigest()[:6]}"
+    try:
+        results = train(settings, data, Run(run), sys.argv)
+    except Stopped as stopped:
+        print(f"{stopped}; go on with the same command and --run {shlex.quote(run)}", file=sys.stderr)
+        return 128 + stopped.signal_number
+    print(
+        f"validation accuracy of the best checkpoint {results['accuracy']:.4f}, loss {results['log_loss']:.4f}\n"
+        f"results    {run}\n"
+        f"predict    python inference.py IMAGE --run {shlex.quote(run)}\n"
+        f"watch      tensorboard --logdir checkpoints/"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,234 @@
+"""Loss, learning-rate schedule, momentum SGD, the train step, and exact evaluation."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from model import VGG
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps [first_step, last_step) of a run, in which the stages from `train_from` on are trained.
+
+    Their input is what enters `input_stage`: images (conv1), or `views` cached views of the activations there.
+    """
+
+    name: str
+    train_from: str
+    input_stage: str
+    views: int
+    first_step: int
+    last_step: int
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Settings of the optimiser; the defaults are the published recipe.
+
+    weight_decay: factor of the L2 penalty 0.5 * decay * sum(w^2), on weights and not on biases.
+    new_layer_rate: factor on the learning rate of newly initialised variables.
+    clip_norm: the gradient (penalty included) is scaled down to this global norm; 0: never.
+    accumulate: parts that a batch is computed in, one after another; the step stays that of the whole batch.
+    class_weights: factor on the loss of each class, [classes]; None: all 1.
+    """
+
+    learning_rate: float = 1e-3
+    end_learning_rate: float = 1e-7
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    dropout: float = 0.5
+    label_smoothing: float = 0.0
+    new_layer_rate: float = 1.0
+    clip_norm: float = 0.0
+    accumulate: int = 1
+    class_weights: tuple[float, ...] | None = None
+
+
+def polynomial_decay(step: tf.Tensor, decay_steps: int, start: float, end: float) -> tf.Tensor:
+    """Learning rate at `step` (int64 scalar), float32: `tf.compat.v1.train.polynomial_decay` with power 1."""
+    left = 1.0 - tf.cast(tf.minimum(step, decay_steps), tf.float32) / float(decay_steps)
+    return (start - end) * left + end
+
+
+def stateless_dropout(x: tf.Tensor, rate: float, seed: tf.Tensor, first_row: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Inverted dropout of rows `first_row` ... of a batch of `rows`: a part gets the mask that the whole would give it.
+
+    Args:
+        x: [b, ...]; seed: int [2].
+    """
+    shape = tf.concat([[rows], tf.shape(x)[1:]], axis=0)
+    uniform = tf.random.stateless_uniform(shape, seed)[first_row : first_row + tf.shape(x)[0]]
+    return x * tf.cast(uniform >= rate, x.dtype) * tf.cast(1.0 / (1.0 - rate), x.dtype)
+
+
+class Trainer(tf.Module):
+    """A model, its optimiser's state, and the sums for the training curve; all of it lives on the device.
+
+    Args:
+        model: the network, already holding the values to start from.
+        settings: see `Optimisation`.
+        phases: in order; a variable that any of them trains has a momentum.
+        new_variables: names that `settings.new_layer_rate` applies to.
+        seed: of dropout.
+
+    Attributes:
+        step: int64, steps done.
+        momenta: {variable's name: accumulator of the same shape}.
+        sums: loss, right predictions and examples since the last log event, float64 [3].
+        bad_step: int64, the first step whose loss was not finite, or -1; from there on no step changes a variable.
+    """
+
+    def __init__(
+        self, model: VGG, settings: Optimisation, phases: list[Phase], new_variables: frozenset[str], seed: int
+    ):
+        super().__init__()
+        self.model, self.settings, self.phases = model, settings, phases
+        self.new_variables, self.seed = new_variables, seed
+        trained = {name: v for phase in phases for name, v in model.variables_from(phase.train_from).items()}
+        self.momenta = {
+            name: tf.Variable(tf.zeros_like(v), name=f"{name}/Momentum", trainable=False)
+            for name, v in model.variables_by_name.items()
+            if name in trained
+        }
+        self.step = tf.Variable(0, dtype=tf.int64, name="global_step", trainable=False)
+        self.sums = tf.Variable(tf.zeros([3], tf.float64), name="sums", trainable=False)
+        self.bad_step = tf.Variable(-1, dtype=tf.int64, name="bad_step", trainable=False)
+
+    def state(self) -> dict[str, tf.Variable]:
+        """Everything that a resumed run needs, under the names of its checkpoint."""
+        momenta = {f"{name}/Momentum": v for name, v in self.momenta.items()}
+        return {**self.model.variables_by_name, **momenta, "global_step": self.step, "sums": self.sums}
+
+    def learning_rate(self, phase: Phase, step: tf.Tensor) -> tf.Tensor:
+        """Each phase decays from the start to the end learning rate."""
+        return polynomial_decay(
+            step - phase.first_step,
+            phase.last_step - phase.first_step,
+            self.settings.learning_rate,
+            self.settings.end_learning_rate,
+        )
+
+    def train_step(self, phase: Phase) -> Callable[[tf.Tensor, tf.Tensor], None]:
+        """The compiled step of a phase: (x [B, *input], labels int64 [B]) -> updates the variables in place."""
+        names = list(self.model.variables_from(phase.train_from))
+        trained = [self.model.variables_by_name[name] for name in names]
+        shape = self.model.input_shape(phase.input_stage)
+
+        @tf.function(
+            input_signature=[tf.TensorSpec([None, *shape], tf.float32), tf.TensorSpec([None], tf.int64)],
+            autograph=False,
+        )
+        def step(x: tf.Tensor, labels: tf.Tensor) -> None:
+            gradients, loss, correct = self._accumulate(x, labels, phase, trained)
+            self._update(names, gradients, loss, self.learning_rate(phase, self.step))
+            examples = tf.cast(tf.shape(labels)[0], tf.float64)
+            self.sums.assign_add(tf.stack([tf.cast(loss, tf.float64), tf.cast(correct, tf.float64), examples]))
+            self.step.assign_add(1)
+
+        return step
+
+    def _accumulate(
+        self, x: tf.Tensor, labels: tf.Tensor, phase: Phase, trained: list[tf.Variable]
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """Gradients of the batch's mean loss, its summed loss and its number of right predictions."""
+        rows = tf.shape(x)[0]
+        if self.settings.accumulate == 1:
+            return self._gradients(x, labels, tf.constant(0), rows, phase, trained)
+        part = -(-rows // self.settings.accumulate)
+
+        def add_part(start: tf.Tensor, sums: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
+            stop = start + part
+            gradients, loss, correct = self._gradients(x[start:stop], labels[start:stop], start, rows, phase, trained)
+            return stop, [total + new for total, new in zip(sums, [*gradients, loss, correct], strict=True)]
+
+        zeros = [tf.zeros_like(v) for v in trained] + [tf.constant(0.0), tf.constant(0, tf.int64)]
+        # One part at a time, since running them side by side would need the memory of the whole batch.
+        _, sums = tf.while_loop(lambda start, _: start < rows, add_part, [tf.constant(0), zeros], parallel_iterations=1)
+        return sums[:-2], sums[-2], sums[-1]
+
+    def _gradients(
+        self, x: tf.Tensor, labels: tf.Tensor, first_row: tf.Tensor, rows: tf.Tensor, phase: Phase, trained: list
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """What the examples `first_row` ... of a batch of `rows` add to the results of `_accumulate`."""
+
+        def dropout(activations: tf.Tensor, stage: str) -> tf.Tensor:
+            key = tf.stack([tf.constant(self.seed, tf.int64), self.step])
+            key = tf.random.experimental.stateless_fold_in(key, self.model.stages.index(stage))
+            return stateless_dropout(activations, self.settings.dropout, key, first_row, rows)
+
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(trained)
+            logits = self.model.forward(x, first=phase.input_stage, dropout=dropout if self.settings.dropout else None)
+            plain = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)  # [b]
+            objective = tf.reduce_sum(self._objective(plain, labels, logits)) / tf.cast(rows, tf.float32)
+        gradients = tape.gradient(objective, trained)
+        correct = tf.math.count_nonzero(tf.argmax(logits, axis=1) == labels)
+        return gradients, tf.reduce_sum(plain), correct
+
+    def _objective(self, plain: tf.Tensor, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        """What is minimised for each example, [b]; the curves show `plain`, which compares with validation."""
+        loss = plain
+        if self.settings.label_smoothing:
+            uniform = tf.reduce_logsumexp(logits, axis=1) - tf.reduce_mean(logits, axis=1)
+            loss = (1.0 - self.settings.label_smoothing) * plain + self.settings.label_smoothing * uniform
+        if self.settings.class_weights:
+            loss *= tf.gather(tf.constant(self.settings.class_weights, tf.float32), labels)
+        return loss
+
+    def _update(self, names: list[str], gradients: list[tf.Tensor], loss: tf.Tensor, rate: tf.Tensor) -> None:
+        """L2, clipping, then a = momentum * a + g and w = w - rate * a, as tf.compat.v1.train.MomentumOptimizer."""
+        variables = [self.model.variables_by_name[name] for name in names]
+        total = [
+            g + self.settings.weight_decay * v if name.endswith("/weights") else g
+            for name, g, v in zip(names, gradients, variables, strict=True)
+        ]
+        if self.settings.clip_norm:
+            total, _ = tf.clip_by_global_norm(total, self.settings.clip_norm)
+        # The gradient too: variables that it made infinite could be saved before a loss shows it.
+        finite = tf.math.is_finite(loss) & tf.math.is_finite(tf.linalg.global_norm(total))
+        first_bad = tf.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
+        self.bad_step.assign(first_bad)
+        good = first_bad < 0
+        for name, variable, gradient in zip(names, variables, total, strict=True):
+            momentum = self.momenta[name]
+            accumulated = self.settings.momentum * momentum + gradient
+            factor = self.settings.new_layer_rate if name in self.new_variables else 1.0
+            momentum.assign(tf.where(good, accumulated, momentum))
+            variable.assign_sub(tf.where(good, rate * factor * accumulated, tf.zeros_like(accumulated)))
+
+    def take_sums(self) -> tuple[float, float]:
+        """Mean loss and accuracy of the training examples since the last call."""
+        loss, correct, examples = self.sums.numpy()
+        self.sums.assign(tf.zeros_like(self.sums))
+        return float(loss / examples), float(correct / examples)
+
+
+def compiled_forward(model: VGG, input_stage: str = "conv1") -> Callable[[tf.Tensor], tf.Tensor]:
+    """The compiled network from `input_stage` to the logits: x [B, *input_shape] -> [B, classes] float32."""
+    shape = model.input_shape(input_stage)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.float32)], autograph=False)
+    def forward(x: tf.Tensor) -> tf.Tensor:
+        return model.forward(x, first=input_stage)
+
+    return forward
+
+
+def predict(
+    forward: Callable[[tf.Tensor], tf.Tensor],
+    batches: Iterable[tuple[tf.Tensor, ...]],
+    each: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Logits, float32 [N, classes], of every example of `batches` ((x, ...) tuples; at least one batch), in order.
+
+    `each` is called with the number of examples after every batch (a progress bar; it may raise to stop).
+    """
+    logits = []
+    for x, *_ in batches:
+        logits.append(forward(x).numpy())
+        if each:
+            each(len(logits[-1]))
+    return np.concatenate(logits)
