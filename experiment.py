@@ -1,9 +1,12 @@
 """One training run from its settings: find the images, restore the weights, open the run directory, train, report."""
 
+import contextlib
 import functools
 import os
 import platform
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -36,24 +39,48 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
     """
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
-    found = layouts.find_images(
-        data_path,
-        val_fraction=settings.val_fraction,
-        test_fraction=settings.test_fraction,
-        image_root=settings.image_root or None,
-    )
+    found = _find_images(settings, data_path)
     if run.exists():
         config = run.config()
         _check_agreement(run, config, settings, found)
         arrays = None
     else:
         config, arrays = _new_config(settings, found, command)
+        config["data"]["path"] = os.path.abspath(data_path)
     with run.locked(), StopSignals() as stop:
         if not run.exists():
             run.create(config)
         for line in _introduction(run, config):
             print(line, flush=True)
-        return _train(run, config, settings, found, arrays, stop)
+        with readable_failures():
+            return _train(run, config, settings, found, arrays, stop)
+
+
+@contextlib.contextmanager
+def readable_failures() -> Iterator[None]:
+    """Turns TensorFlow's errors that a person can mend into a UserError of one line."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise UserError(
+            "the device has not enough memory: lower --batch-size, or keep it and compute it in parts with "
+            f"--accumulate 2 or more ({one_line(error.message)[:160]})"
+        ) from None
+    except tf.errors.OpError as error:
+        # An image that could not be read inside the pipeline arrives as the text of its Python exception.
+        unreadable = re.search(r"ImageError: (.+)", error.message)
+        if unreadable is None:
+            raise
+        raise UserError(f"{unreadable[1]}; python -m tools.check_data finds all bad images") from None
+
+
+def _find_images(settings: Settings, data_path: str) -> layouts.LabelledImages:
+    return layouts.find_images(
+        data_path,
+        val_fraction=settings.val_fraction,
+        test_fraction=settings.test_fraction,
+        image_root=settings.image_root or None,
+    )
 
 
 # -- a new run -------------------------------------------------------------------------------------------------------
@@ -260,7 +287,7 @@ def _train(
     fit.finish()
     best = run.load_model()
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
-    return write_results(run, best, val, found.relative_names("val"), "val", val_load, phase.input_stage)
+    return _write_results(run, best, val, found.root, "val", val_load, phase.input_stage)
 
 
 def _cached_loads(
@@ -315,20 +342,43 @@ def _optimisation(settings: Settings, train: layouts.Examples) -> Optimisation:
 # -- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def write_results(
-    run: Run, model: VGG, examples: layouts.Examples, names: list[str], split: str, load: data.Load, input_stage: str
+def evaluate(run: Run, data_path: str | None, split: str) -> dict[str, Any]:
+    """Scores the best checkpoint of `run` on a split of its own data, or of `data_path`, matching classes by name.
+
+    Writes results-<split>.json and the rest beside the run's other files; returns the scores.
+    """
+    config = run.config()
+    settings = Settings(**{**config["settings"], "augment": tuple(config["settings"]["augment"])})
+    model = run.load_model()
+    found = _find_images(settings, data_path or config["data"]["path"])
+    if split not in found.splits:
+        raise UserError(f"--split {split}: {found.root} has the splits {', '.join(found.splits)}")
+    examples = found.splits[split]
+    if data_path is None:
+        examples = _examples(settings, found, config["excluded"])[split]
+    names = config["class_names"]
+    if unknown := sorted(set(found.class_names) - set(names)):
+        raise UserError(f"{found.root}: the run has no class {', '.join(unknown)}; its classes are {', '.join(names)}")
+    position = np.array([names.index(name) for name in found.class_names])
+    examples = layouts.Examples(examples.paths, position[examples.labels])
+    load = data.image_loader(examples, run.preprocessing(), settings.seed)
+    with readable_failures():
+        return _write_results(run, model, examples, found.root, split, load, "conv1")
+
+
+def _write_results(
+    run: Run, model: VGG, examples: layouts.Examples, root: str, split: str, load: data.Load, input_stage: str
 ) -> dict[str, Any]:
     """Scores `model` on `examples` and writes every result file of the split into the run directory."""
     batches = data.ordered_batches(load, examples.labels, EVALUATION_BATCH)
     with progress_bar(len(examples), 0, f"evaluating {split}", leave=False) as bar:
         logits = predict(compiled_forward(model, input_stage), batches, bar.update)
-    path_of = dict(zip(names, examples.paths, strict=True))
     return report.write_results(
         run.path,
         split,
         run.config()["class_names"],
         examples.labels,
         metrics.softmax(logits),
-        names,
-        read_image=lambda name: images.read_image(path_of[name]),
+        [os.path.relpath(path, root) for path in examples.paths],
+        read_image=lambda name: images.read_image(os.path.join(root, name)),
     )

@@ -35,7 +35,6 @@ class Progress:
     best_accuracy: float = -1.0
     best_step: int = 0
     waited: int = 0  # validations of this phase since the best one
-    finished: bool = False  # by patience
 
 
 class Pacer:
@@ -111,37 +110,39 @@ class Fit:
     def run_phase(self, phase: Phase, is_last: bool, train_load: data.Load, val_load: data.Load, bar: tqdm) -> None:
         """Does what is left of a phase; raises Stopped after a signal, UserError where the loss is not finite."""
         step = self.step()
-        if self.progress.finished or not phase.first_step <= step <= phase.last_step:
+        if self._out_of_patience(is_last) or not phase.first_step <= step <= phase.last_step:
             return
         forward = compiled_forward(self.trainer.model, phase.input_stage)
         val_batches = data.ordered_batches(val_load, self.val.labels, self.batch_size)
-        patience = self.patience if is_last else 0
         if step == phase.first_step:
             self.progress.waited = 0
         elif self._validation_due(step):
-            self._validate(phase, step, patience, forward, val_batches, bar)
+            self._validate(phase, step, forward, val_batches, bar)
         train_step = self.trainer.train_step(phase)
         batches = data.train_batches(
             train_load, self.train.labels, self.batch_size, self.seed, step, phase.last_step, phase.views
         )
         self._mark_time, self._mark_step = time.monotonic(), step
-        for x, labels, _ in batches.take(0 if self.progress.finished else -1):
+        for x, labels, _ in batches:
+            if self._out_of_patience(is_last):
+                break
             train_step(x, labels)
             step += 1
             bar.update(len(labels))
             if step % self.epoch_steps == 0 or step % self.epoch_steps % self.log_every == 0:
                 self._log_training(phase, step, bar)
             if self._validation_due(step):
-                self._validate(phase, step, patience, forward, val_batches, bar)
+                self._validate(phase, step, forward, val_batches, bar)
             self._save_if_due(step)
-            if self.progress.finished:
-                break
         self._save()
 
     def finish(self) -> None:
         """Writes what a finished run shows."""
         self._events.close()
         draw_curves(self.run.path / "curves.png", self.run.read_lines("metrics.jsonl"))
+
+    def _out_of_patience(self, is_last: bool) -> bool:
+        return is_last and 0 < self.patience <= self.progress.waited
 
     def _validation_due(self, step: int) -> bool:
         return step % self.epoch_steps == 0 and self.progress.validated_step < step
@@ -150,7 +151,6 @@ class Fit:
         self,
         phase: Phase,
         step: int,
-        patience: int,
         forward: Callable[[tf.Tensor], tf.Tensor],
         val_batches: tf.data.Dataset,
         bar: tqdm,
@@ -174,7 +174,6 @@ class Fit:
             progress.best_accuracy, progress.best_step, progress.waited = accuracy, step, 0
         else:
             progress.waited += 1
-            progress.finished = 0 < patience <= progress.waited
         progress.validated_step = step
         self._log(
             {"step": step, "epoch": step / self.epoch_steps, "split": "val", "stage": phase.name, **scores},

@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 from typing import IO, TypeVar
@@ -33,8 +33,8 @@ MAX_PIXELS = 128_000_000  # 12,000 x 9,000 fits; decoding takes up to 16 bytes a
 MAX_SIDE = 65_535  # no JPEG is longer
 MAX_BYTES = 1 << 30  # of a file
 MAX_TIFF_VALUES = 1 << 18  # strips of one row in four planes fit; Pillow makes a Python object of each
-# A block of 8x8 takes at least a bit, and two kinds of subsampling may leave half the blocks. Without this libjpeg fills
-# what is missing with grey and reports nothing.
+# A block of 8x8 takes at least a bit, and subsampling may leave half the blocks to each component. Without this limit
+# libjpeg fills what is missing with grey and reports nothing.
 JPEG_PIXELS_PER_BYTE = 2 * 8 * 64
 BAND_PIXELS = 1 << 22  # the largest piece that is converted at once
 
@@ -126,6 +126,8 @@ def decode_image(contents: bytes, name: str) -> np.ndarray:
         raise ImageError(name, "holds only zero bytes" if zeros else f"is not an image (starts with {contents[:12]!r})")
     image = _open_image(io.BytesIO(contents), kind, name)
     try:
+        if kind == "png":
+            _scale_transparency(image, contents[24])
         image.load()
         upright = UPRIGHT.get(_orientation(image))
         pixels = _rgb(image)
@@ -239,6 +241,8 @@ def _check_tiff(file: IO[bytes]) -> None:
 
 def _damage(kind: str, error: Exception) -> str:
     """What a failure of Pillow, whatever its type, says about the file."""
+    if isinstance(error, Image.DecompressionBombError):  # WebP's reader looks first
+        return f"declares more pixels than the limit of {MAX_PIXELS}"
     words = str(error) or type(error).__name__
     short = isinstance(error, (EOFError, IndexError, struct.error)) or "truncated" in words.lower()
     return "is truncated" if short else f"is a damaged or unsupported {kind.upper()} file ({words[:200]})"
@@ -270,17 +274,31 @@ def _orientation(image: ImageFile.ImageFile) -> object:
         return 1
 
 
-def _rgb(image: ImageFile.ImageFile) -> np.ndarray:
-    """A loaded image of any mode as uint8 [H, W, 3], converted in bands of rows so that no copies of it pile up."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _grey_rgb(image)
-    inverted = image.mode == "CMYK" and isinstance(image, JpegImagePlugin.JpegImageFile) and "adobe" not in image.info
+def _scale_transparency(image: ImageFile.ImageFile, depth: int) -> None:
+    """Brings a PNG's transparent colour, which Pillow keeps as stored, to the 8 bits to which it brings the pixels."""
+    key = image.info.get("transparency")
+    if image.mode == "L" and depth < 8 and isinstance(key, int):
+        image.info["transparency"] = key * (255 // (2**depth - 1))
+    elif image.mode == "RGB" and depth == 16 and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """The image in bands of rows, each with the rows that it covers, so that no copies of a whole image pile up."""
     width, height = image.size
-    pixels = np.empty((height, width, 3), np.uint8)
     rows = max(1, BAND_PIXELS // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        band: Image.Image = image if rows >= height else image.crop((0, top, width, bottom))
+        yield slice(top, bottom), image if rows >= height else image.crop((0, top, width, bottom))
+
+
+def _rgb(image: ImageFile.ImageFile) -> np.ndarray:
+    """A loaded image of any mode as uint8 [H, W, 3]."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey_rgb(image)
+    inverted = image.mode == "CMYK" and isinstance(image, JpegImagePlugin.JpegImageFile) and "adobe" not in image.info
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for rows, band in _bands(image):
         if inverted:  # Pillow takes every CMYK JPEG for Adobe's
             band = ImageChops.invert(band)
         if band.mode == "La":
@@ -291,7 +309,7 @@ def _rgb(image: ImageFile.ImageFile) -> np.ndarray:
             band.paste(layer, mask=layer)
         elif band.mode != "RGB":
             band = band.convert("RGB")
-        pixels[top:bottom] = np.asarray(band)
+        pixels[rows] = np.asarray(band)
     return pixels
 
 
@@ -299,25 +317,33 @@ def _rgb(image: ImageFile.ImageFile) -> np.ndarray:
 def _grey_rgb(image: ImageFile.ImageFile) -> np.ndarray:
     """A loaded image of wide grey numbers as uint8 [H, W, 3]; `decode_image` says how they are scaled."""
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    values = np.asarray(image)  # [H, W] uint16, int32 or float32
-    if image.mode == "I" and np.max(tags.get(TiffImagePlugin.SAMPLEFORMAT, 1)) == 1:
-        values = values.view(np.uint32)  # Pillow has no unsigned mode of 32 bits
-    low, high = 0.0, 65535.0
+    # Pillow has no unsigned mode of 32 bits: the bits are right, the sign is not.
+    unsigned = image.mode == "I" and np.max(tags.get(TiffImagePlugin.SAMPLEFORMAT, 1)) == 1
+
+    def numbers(band: Image.Image) -> np.ndarray:  # [rows, W] uint16, int32, uint32 or float32
+        return np.asarray(band).view(np.uint32) if unsigned else np.asarray(band)
+
     if image.mode.startswith("I;16"):
-        if np.max(tags.get(TiffImagePlugin.BITSPERSAMPLE, 16)) == 12:
-            high = 4095.0
+        low, high = 0.0, 4095.0 if np.max(tags.get(TiffImagePlugin.BITSPERSAMPLE, 16)) == 12 else 65535.0
     else:
-        finite = values[np.isfinite(values)] if image.mode == "F" else values
-        least, greatest = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-        whites = [white for white in (1.0, 255.0, 65535.0) if greatest <= white and (white > 1 or image.mode == "F")]
-        low, high = (0.0, whites[0]) if least >= 0 and whites else (least, greatest)
-    pixels = np.empty((*values.shape, 3), np.uint8)
-    for top in range(0, len(values), rows := max(1, BAND_PIXELS // values.shape[1])):
-        band = (values[top : top + rows].astype(np.float64) - low) * (255 / (high - low or 1))  # NaN is black
-        pixels[top : top + rows] = np.rint(np.clip(np.nan_to_num(band), 0, 255))[..., None]
-    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # the least value is white; Pillow leaves that to us
-        np.subtract(255, pixels, out=pixels)
+        extremes: list[float] = []
+        for _, band in _bands(image):
+            values = numbers(band)
+            if (finite := values[np.isfinite(values)]).size:
+                extremes += [float(finite.min()), float(finite.max())]
+        low, high = min(extremes, default=0.0), max(extremes, default=0.0)
+        whites = [white for white in (1.0, 255.0, 65535.0) if high <= white and (white > 1 or image.mode == "F")]
+        if low >= 0 and whites:
+            low, high = 0.0, whites[0]
     key = image.info.get("transparency")  # of a 16-bit grey PNG: the level that is transparent
-    if isinstance(key, int):
-        pixels[values == key] = 255
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for rows, band in _bands(image):
+        values = numbers(band)
+        scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
+        grey = np.rint(np.clip(np.nan_to_num(scaled), 0, 255)).astype(np.uint8)  # NaN is black
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # the least is white, which Pillow leaves to us
+            grey = 255 - grey
+        if isinstance(key, int):
+            grey[values == key] = 255
+        pixels[rows] = grey[..., None]
     return pixels

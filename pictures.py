@@ -45,7 +45,7 @@ def draw_confusion(
     """Draws a confusion matrix, int [C, C]: counts, or per cent of each row.
 
     The colour goes with the square root of the value: one mistake in a hundred is then visible beside a full diagonal.
-    Cells carry their numbers where these fit, which at C above about 50 they do not.
+    Cells carry their numbers where the longest fits: counts of three digits up to C of about 50, per cent at 101 too.
     """
     count = len(class_names)
     support = confusion.sum(axis=1, keepdims=True)  # [C, 1]
@@ -261,8 +261,9 @@ def shorten(text: str, limit: int) -> str:
 def _fit(text: str, inches: float, size: float = 8) -> str:
     """`text`, with an ellipsis in its middle where it would be wider than `inches`."""
     text = shorten(text, 200)
-    # The first length that is too wide, by bisection: thousands of texts of one character less each take seconds.
-    lengths = range(2, len(text) + 1)
+    if _text_inches(text, size) <= inches:
+        return text
+    lengths = range(2, len(text))
     first = bisect.bisect_left(lengths, True, key=lambda length: _text_inches(shorten(text, length), size) > inches)
     return shorten(text, max(first + 1, 2))
 

@@ -126,7 +126,7 @@ def mutate(seeds: list[tuple[str, bytes]], seed: int, index: int) -> bytes:
                     data[at] ^= 1 << int(rng.integers(8))
             case 1:  # a range of bytes replaced, by one value or by noise
                 length = int(rng.integers(1, 65))
-                fill = bytes([rng.choice([0, 255, rng.integers(256)])]) * length
+                fill = bytes([(0, 255, int(rng.integers(256)))[rng.integers(3)]]) * length
                 data[place : place + length] = rng.bytes(length) if rng.random() < 0.5 else fill
             case 2:  # truncation
                 del data[place:]
