@@ -87,7 +87,7 @@ class Fit:
         self._mark_step = 0
 
     def restore(self) -> bool:
-        """Takes up the newest intact checkpoint and drops what was logged after it; False where there is none."""
+        """Takes up the newest intact checkpoint; False where there is none."""
         loaded = self.run.load("latest")
         if loaded:
             tensors, warnings = loaded
@@ -96,21 +96,29 @@ class Fit:
             for name, variable in self.trainer.state().items():
                 variable.assign(tensors[name])
             self.progress = Progress(**json.loads(tensors["progress"].item()))
+        return loaded is not None
+
+    def is_done(self) -> bool:
+        """Whether no step is left, because all are done or patience ran out."""
+        step, last = self.step(), self.trainer.phases[-1]
+        return step == last.last_step == self.progress.validated_step or self._out_of_patience(last, step)
+
+    def open_logs(self) -> None:
+        """Drops what a killed process logged after its checkpoint, and starts event files that hold the rest."""
         for log in ("metrics.jsonl", "timing.jsonl"):
             self.run.keep_lines(log, self.progress.log_lines)
         timing = self.run.read_lines("timing.jsonl")
         self._begin = time.monotonic() - (timing[-1]["seconds"] if timing else 0.0)
         self._events = EventWriter(self.run)
-        return loaded is not None
 
     def step(self) -> int:
         """Steps done. Reads the device."""
         return int(self.trainer.step.numpy())
 
-    def run_phase(self, phase: Phase, is_last: bool, train_load: data.Load, val_load: data.Load, bar: tqdm) -> None:
+    def run_phase(self, phase: Phase, train_load: data.Load, val_load: data.Load, bar: tqdm) -> None:
         """Does what is left of a phase; raises Stopped after a signal, UserError where the loss is not finite."""
         step = self.step()
-        if self._out_of_patience(is_last) or not phase.first_step <= step <= phase.last_step:
+        if self._out_of_patience(phase, step) or not phase.first_step <= step <= phase.last_step:
             return
         forward = compiled_forward(self.trainer.model, phase.input_stage)
         val_batches = data.ordered_batches(val_load, self.val.labels, self.batch_size)
@@ -124,7 +132,7 @@ class Fit:
         )
         self._mark_time, self._mark_step = time.monotonic(), step
         for x, labels, _ in batches:
-            if self._out_of_patience(is_last):
+            if self._out_of_patience(phase, step):
                 break
             train_step(x, labels)
             step += 1
@@ -141,8 +149,9 @@ class Fit:
         self._events.close()
         draw_curves(self.run.path / "curves.png", self.run.read_lines("metrics.jsonl"))
 
-    def _out_of_patience(self, is_last: bool) -> bool:
-        return is_last and 0 < self.patience <= self.progress.waited
+    def _out_of_patience(self, phase: Phase, step: int) -> bool:
+        in_last_phase = phase is self.trainer.phases[-1] and step > phase.first_step
+        return in_last_phase and 0 < self.patience <= self.progress.waited
 
     def _validation_due(self, step: int) -> bool:
         return step % self.epoch_steps == 0 and self.progress.validated_step < step
