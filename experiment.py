@@ -21,10 +21,10 @@ import pretrained
 import report
 from console import StopSignals, UserError, one_line
 from fit import Fit, progress_bar
-from model import VGG, compute_dtype
+from model import VGG
 from run import Run
 from settings import Settings
-from training import Phase, Trainer, compiled_forward, predict
+from training import Phase, compiled_forward, predict
 
 EVALUATION_BATCH = 32
 
@@ -103,60 +103,73 @@ def _train(
 ) -> dict[str, Any]:
     examples = plan.usable_examples(settings, found, config["excluded"])
     train, val = examples["train"], examples["val"]
-    model = VGG(**config["model"], compute_dtype=compute_dtype(config["precision"]))
-    phases = [Phase(**phase) for phase in config["phases"]]
-    new_variables = frozenset(config["new_variables"])
-    trainer = Trainer(model, plan.optimisation(settings, train), phases, new_variables, settings.seed)
+    trainer = plan.make_trainer(config, settings, train, [Phase(**phase) for phase in config["phases"]])
     fit = Fit(run, trainer, train, val, settings.batch_size, settings.patience, settings.seed, stop)
     if not fit.restore():
         source = config["pretrained"]["source"]
         if arrays is None:  # killed before its first checkpoint
             arrays = {} if source == "none" else pretrained.load_pretrained(source, settings.network)
-        plan.restore_pretrained(model, arrays, source)
-    spec = run.preprocessing()
-    image_loads = tuple(data.image_loader(split, spec, settings.seed) for split in (train, val))
-    if fit.is_done() and (results := run.path / "results-val.json").is_file():
+        plan.restore_pretrained(trainer.model, arrays, source)
+    spec = plan.preprocessing(settings)
+    image_loads = {split: data.image_loader(examples[split], spec, settings.seed) for split in ("train", "val")}
+    stored = run.path / "results-val.json"
+    if fit.is_done() and stored.is_file():
         print("this run is complete: name a new --run to train again", flush=True)
-        return json.loads(results.read_text(encoding="utf-8"))
+        return json.loads(stored.read_text(encoding="utf-8"))
     # Of phases still to do: once a phase has changed a stage, what a finished phase cached above it is gone.
-    to_do = [phase for phase in phases if phase.last_step >= fit.step()]
-    cached_loads = _cached_loads(model, to_do, train, val, spec, settings.cache_dir, stop)
+    to_do = [phase for phase in trainer.phases if phase.last_step >= fit.step()]
+    cached = cached_loads(trainer.model, to_do, {"train": train, "val": val}, spec, settings.cache_dir, stop)
     fit.open_logs()
+    fit.events.images("train", "inputs", _sample_inputs(train, spec, settings.seed), step=0)
     with progress_bar(settings.epochs * len(train), fit.images_between(0, fit.step()), "training") as bar:
         for phase in to_do:
-            train_load, val_load = cached_loads[phase.input_stage] if phase.views else image_loads
-            fit.run_phase(phase, train_load, val_load, bar)
+            loads = cached[phase.input_stage] if phase.views else image_loads
+            fit.run_phase(phase, loads["train"], loads["val"], bar)
     fit.finish()
     best = run.load_model()
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
-    return _write_results(run, best, val, found.root, "val", val_load, phase.input_stage)
+    results = _write_results(run, best, val, found.root, "val", loads["val"], phase.input_stage)
+    for picture in ("confusion-val", "confusion-val-normalised", "worst-val"):
+        fit.events.images("val", picture, images.read_image(run.path / f"{picture}.png")[None], fit.progress.best_step)
+    fit.events.close()
+    return results
 
 
-def _cached_loads(
+def _sample_inputs(examples: layouts.Examples, spec: data.Preprocessing, seed: int, count: int = 16) -> np.ndarray:
+    """What the network sees of the first training images of the run, uint8 [count, S, S, 3]."""
+    batches = data.train_batches(data.image_loader(examples, spec, seed), examples.labels, count, seed, 0, 10**9)
+    x = next(iter(batches))[0].numpy()
+    return np.clip(np.rint(x + data.MEAN_RGB), 0, 255).astype(np.uint8)
+
+
+def cached_loads(
     model: VGG,
     phases: list[Phase],
-    train: layouts.Examples,
-    val: layouts.Examples,
+    examples: dict[str, layouts.Examples],
     spec: data.Preprocessing,
     cache_dir: str,
     stop: StopSignals,
-) -> dict[str, tuple[data.Load, data.Load]]:
-    """{stage: loaders of what enters it, training and validation}; computed where they are not on disk yet.
+) -> dict[str, dict[str, data.Load]]:
+    """{stage: {split: loader of what enters the stage}}, computed where it is not on disk yet.
 
-    Later stages are computed from the activations of earlier ones where those are cached too.
+    Random views for `train`, the central view for other splits. Later stages are computed from the activations of
+    earlier ones where those are cached too.
     """
-    loads: dict[str, tuple[data.Load, data.Load]] = {}
+    loads: dict[str, dict[str, data.Load]] = {}
+    source = {split: data.image_loader(examples[split], spec, features.VIEW_SEED) for split in examples}
     source_stage = "conv1"
-    source = data.image_loader(train, spec, features.VIEW_SEED), data.image_loader(val, spec, features.VIEW_SEED)
     stages = {phase.input_stage: phase.views for phase in phases if phase.views}
     for stage in sorted(stages, key=model.stages.index):
-        caches = (
-            features.Cache(model, stage, train, spec, range(stages[stage]), cache_dir),
-            features.Cache(model, stage, val, spec, range(data.CENTRAL_VIEW, data.CENTRAL_VIEW + 1), cache_dir),
-        )
-        missing = sum(cache.missing_rows() for cache in caches)
+        central = range(data.CENTRAL_VIEW, data.CENTRAL_VIEW + 1)
+        caches = {
+            split: features.Cache(
+                model, stage, of, spec, range(stages[stage]) if split == "train" else central, cache_dir
+            )
+            for split, of in examples.items()
+        }
+        missing = sum(cache.missing_rows() for cache in caches.values())
         if missing:
-            size = sum(cache.missing_bytes() for cache in caches) / 1e6
+            size = sum(cache.missing_bytes() for cache in caches.values()) / 1e6
             print(f"caching    {missing} activations that enter {stage} in {cache_dir}/: {size:.0f} MB", flush=True)
             with progress_bar(missing, 0, f"caching {stage}") as bar:
 
@@ -164,9 +177,9 @@ def _cached_loads(
                     bar.update(rows)
                     stop.check()
 
-                for cache, load in zip(caches, source, strict=True):
-                    cache.fill(load, source_stage, each)
-        loads[stage] = source = caches[0].loader(), caches[1].loader()
+                for split, cache in caches.items():
+                    cache.fill(source[split], source_stage, each)
+        loads[stage] = source = {split: cache.loader() for split, cache in caches.items()}
         source_stage = stage
     return loads
 
@@ -180,7 +193,7 @@ def evaluate(run: Run, data_path: str | None, split: str) -> dict[str, Any]:
     Writes results-<split>.json and the rest beside the run's other files; returns the scores.
     """
     config = run.config()
-    settings = Settings(**{**config["settings"], "augment": tuple(config["settings"]["augment"])})
+    settings = Settings.from_dict(config["settings"])
     model = run.load_model()
     found = plan.find_images(settings, data_path or config["data"]["path"])
     if split not in found.splits:

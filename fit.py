@@ -16,9 +16,10 @@ from tqdm import tqdm
 import data
 import metrics
 from console import Stopped, StopSignals, UserError, one_line
+from events import EventWriter
 from layouts import Examples
 from pictures import draw_curves
-from run import EventWriter, Run
+from run import Run
 from training import Phase, Trainer, compiled_forward, predict
 
 LOGS_PER_EPOCH = 10
@@ -33,6 +34,7 @@ class Progress:
     log_lines: int = 0
     validated_step: int = 0
     best_accuracy: float = -1.0
+    best_loss: float = 0.0
     best_step: int = 0
     waited: int = 0  # validations of this phase since the best one
 
@@ -109,7 +111,7 @@ class Fit:
             self.run.keep_lines(log, self.progress.log_lines)
         timing = self.run.read_lines("timing.jsonl")
         self._begin = time.monotonic() - (timing[-1]["seconds"] if timing else 0.0)
-        self._events = EventWriter(self.run)
+        self.events = EventWriter(self.run)
 
     def step(self) -> int:
         """Steps done. Reads the device."""
@@ -145,8 +147,7 @@ class Fit:
         self._save()
 
     def finish(self) -> None:
-        """Writes what a finished run shows."""
-        self._events.close()
+        """Draws the curves of the whole run."""
         draw_curves(self.run.path / "curves.png", self.run.read_lines("metrics.jsonl"))
 
     def _out_of_patience(self, phase: Phase, step: int) -> bool:
@@ -178,9 +179,11 @@ class Fit:
         accuracy = metrics.accuracy(logits, self.val.labels)
         scores = {"loss": metrics.log_loss(logits, self.val.labels), "accuracy": accuracy}
         seconds = time.monotonic() - begin
-        if accuracy > progress.best_accuracy:
+        # Of equal accuracies the lower loss: on a small split many epochs tie, the first of them far from trained.
+        if (accuracy, -scores["loss"]) > (progress.best_accuracy, -progress.best_loss):
             self.run.save("best", {**self.trainer.model.variables_by_name, "global_step": self.trainer.step}, keep=1)
-            progress.best_accuracy, progress.best_step, progress.waited = accuracy, step, 0
+            progress.best_accuracy, progress.best_loss = accuracy, scores["loss"]
+            progress.best_step, progress.waited = step, 0
         else:
             progress.waited += 1
         progress.validated_step = step
@@ -188,7 +191,7 @@ class Fit:
             {"step": step, "epoch": step / self.epoch_steps, "split": "val", "stage": phase.name, **scores},
             count / seconds,
         )
-        self._events.flush()
+        self.events.flush()
         bar.write(
             f"epoch {step // self.epoch_steps}: validation loss {scores['loss']:.4f}, accuracy {accuracy:.4f}"
             + (" (best)" if progress.best_step == step else "")
@@ -228,7 +231,7 @@ class Fit:
         self.run.append_line("metrics.jsonl", record)
         self.run.append_line("timing.jsonl", {"step": record["step"], "split": record["split"], **timing})
         self.progress.log_lines += 1
-        self._events.write({**record, **timing})
+        self.events.scalars({**record, **timing})
 
     def _check_finite(self, phase: Phase) -> None:
         bad_step = int(self.trainer.bad_step.numpy())

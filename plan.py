@@ -19,7 +19,7 @@ import pretrained
 from console import UserError, one_line
 from model import VGG, compute_dtype
 from settings import Settings, flag_name
-from training import Optimisation, Phase
+from training import Optimisation, Phase, Trainer
 
 
 def find_images(settings: Settings, data_path: str) -> layouts.LabelledImages:
@@ -72,12 +72,7 @@ def new_config(
         "model": model_config,
         "head_reason": why,
         "precision": compute_dtype(settings.precision).name,
-        "preprocessing": {
-            "image_size": settings.image_size,
-            "crop_margin": settings.crop_margin,
-            "augment": list(settings.augment),
-            "mean_rgb": list(data.MEAN_RGB),
-        },
+        "preprocessing": {**asdict(preprocessing(settings)), "mean_rgb": list(data.MEAN_RGB)},
         "phases": [asdict(phase) for phase in _phases(settings, model, new, counts["train"])],
         "pretrained": {"source": source, "summary": report.summary(), **report.as_dict()},
         "new_variables": new if arrays else [],
@@ -101,7 +96,7 @@ def _bad_images(settings: Settings, found: layouts.LabelledImages) -> list[str]:
     skip = settings.on_bad_image == "skip"
     paths = {path for examples in found.splits.values() for path in examples.paths}
     # Skipping must find every bad image now, by decoding all: the list of examples is fixed when the run begins.
-    progress = functools.partial(tqdm, desc="checking images", unit="img", leave=False)
+    progress = functools.partial(tqdm, desc="checking images", unit="img", leave=False, disable=None)
     faults = images.find_faults(sorted(paths), thorough=skip, progress=progress)
     if not faults:
         return []
@@ -181,7 +176,24 @@ def check_agreement(run_path: Path, config: dict[str, Any], settings: Settings, 
         raise UserError(f"{run_path} can't be resumed: {'; '.join(differing)}; repeat its settings or name a new --run")
 
 
-def optimisation(settings: Settings, train: layouts.Examples) -> Optimisation:
+def preprocessing(settings: Settings) -> data.Preprocessing:
+    """What the network of a run with these settings sees."""
+    return data.Preprocessing(settings.image_size, settings.crop_margin, settings.augment)
+
+
+def make_trainer(
+    config: dict[str, Any],
+    settings: Settings,
+    train: layouts.Examples,
+    phases: list[Phase],
+    kind: type[Trainer] = Trainer,
+) -> Trainer:
+    """The network that `config` describes, at its initial values, with its optimiser."""
+    model = VGG(**config["model"], compute_dtype=compute_dtype(config["precision"]))
+    return kind(model, _optimisation(settings, train), phases, frozenset(config["new_variables"]), settings.seed)
+
+
+def _optimisation(settings: Settings, train: layouts.Examples) -> Optimisation:
     """The optimiser's share of the settings."""
     shared = {field.name for field in fields(Optimisation)} & {field.name for field in fields(Settings)}
     values = {name: getattr(settings, name) for name in shared - {"class_weights"}}

@@ -138,7 +138,8 @@ class Run:
             try:
                 reader = tf.train.load_checkpoint(str(prefix))
                 # Reading a tensor checks its checksum.
-                return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}, warnings
+                names = reader.get_variable_to_shape_map()
+                return {name: np.asarray(reader.get_tensor(name)) for name in names}, warnings  # text comes as bytes
             except (tf.errors.OpError, ValueError, RuntimeError) as error:
                 warnings.append(f"{prefix}: damaged, not used ({one_line(error)[:120]})")
         if warnings:
@@ -174,33 +175,3 @@ def newest_run(parent: str | os.PathLike[str] = "checkpoints") -> Run:
     if not configs:
         raise UserError(f"no run in {parent}/ yet: train one with train.py, or name one with --run")
     return Run(max(configs, key=lambda file: file.stat().st_mtime_ns).parent)
-
-
-class EventWriter:
-    """TensorBoard scalars of a run: `train/` and `val/` share their tags, so that both curves are on one chart."""
-
-    TAGS = ("loss", "accuracy", "learning_rate", "images_per_second")
-
-    def __init__(self, run: Run):
-        """Starts new event files that hold everything logged so far, so that no step is there twice after a resume."""
-        self._writers: dict[str, tf.summary.SummaryWriter] = {}
-        for split in ("train", "val"):
-            for file in (run.path / split).glob("events.out.tfevents.*"):
-                file.unlink()
-            self._writers[split] = tf.summary.create_file_writer(str(run.path / split))
-        for record, timing in zip(run.read_lines("metrics.jsonl"), run.read_lines("timing.jsonl"), strict=False):
-            self.write({**record, **timing})
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        with self._writers[record["split"]].as_default():
-            for tag in self.TAGS:
-                if tag in record:
-                    tf.summary.scalar(tag, record[tag], step=record["step"])
-
-    def flush(self) -> None:
-        for writer in self._writers.values():
-            writer.flush()
-
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()

@@ -1,5 +1,6 @@
 """Every setting of a training run, in one place: name, default, range and help; `train.py` makes its flags of them."""
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ class Settings:
     class_weights: str = _setting(
         "none", "'balanced': every class weighs the same, however few its images", choices=("none", "balanced")
     )
-    patience: int = _setting(0, "stop after N epochs without a better validation accuracy; 0: never", least=0)
+    patience: int = _setting(0, "stop after N epochs without a better validation accuracy or loss; 0: never", least=0)
     image_size: int = _setting(224, "side of the network's input, pixels", least=32, below=2049)
     crop_margin: int = _setting(10, "the crop is a square of side min(h, w) - 2 * margin, pixels", least=0)
     augment: tuple[str, ...] = _setting((), "random changes of training images beside the crop", choices=AUGMENTATIONS)
@@ -101,6 +102,26 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {**dataclasses.asdict(self), "augment": list(self.augment)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Settings":
+        """Of parsed flags, or of what `as_dict` gave."""
+        return cls(**{**values, "augment": tuple(values["augment"])})
+
+
+def add_flags(parser: argparse.ArgumentParser, **other_defaults: Any) -> None:
+    """Gives `parser` a flag for each setting; `other_defaults` by field name."""
+    for field in dataclasses.fields(Settings):
+        default, help = other_defaults.get(field.name, field.default), field.metadata["help"]
+        choices = field.metadata["choices"] or None
+        if isinstance(default, bool):
+            parser.add_argument(flag_name(field), action="store_true", help=help)
+            continue
+        shape: dict[str, Any] = {"nargs": "*"} if isinstance(default, tuple) else {"type": type(default)}
+        shown = " ".join(default) if isinstance(default, tuple) else str(default)
+        if not help.count("default:") and shown:
+            help += f" (default: {shown})"
+        parser.add_argument(flag_name(field), default=default, choices=choices, help=help, **shape)
 
 
 def flag_name(field: dataclasses.Field) -> str:

@@ -1,7 +1,5 @@
 """Fine-tunes VGG on your own images: python train.py DATA [flags]."""
 
-import argparse
-import dataclasses
 import hashlib
 import json
 import shlex
@@ -14,34 +12,21 @@ quiet_tensorflow()
 
 from experiment import train
 from run import Run
-from settings import Settings, flag_name
+from settings import Settings, add_flags
 
 
 def parse_arguments(arguments: list[str]) -> tuple[str, str | None, Settings]:
     """DATA, --run, and the settings."""
-    parser = ArgumentParser(
-        description="Fine-tune an ImageNet-pretrained VGG on your own images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = ArgumentParser(description="Fine-tune an ImageNet-pretrained VGG on your own images.")
     parser.add_argument(
         "data",
         metavar="DATA",
         help="a folder (Food-101, split folders, a folder per class) or a CSV (path,label[,split])",
     )
-    parser.add_argument("--run", help="run directory; one that exists is resumed; default: checkpoints/<time>-<hash>")
-    for field in dataclasses.fields(Settings):
-        flag, default, help = flag_name(field), field.default, field.metadata["help"]
-        choices = field.metadata["choices"] or None
-        if isinstance(default, bool):
-            parser.add_argument(flag, action="store_true", help=help)
-        elif isinstance(default, tuple):
-            parser.add_argument(flag, nargs="*", default=default, choices=choices, help=help)
-        else:
-            parser.add_argument(flag, type=type(default), default=default, choices=choices, help=help)
+    parser.add_argument("--run", help="run directory; one that exists is resumed (default: checkpoints/<time>-<hash>)")
+    add_flags(parser)
     values = vars(parser.parse_args(arguments))
-    data, run = values.pop("data"), values.pop("run")
-    values["augment"] = tuple(values["augment"])
-    return data, run, Settings(**values)
+    return values.pop("data"), values.pop("run"), Settings.from_dict(values)
 
 
 def main() -> int:

@@ -1,0 +1,206 @@
+"""Decodes every image of a data set and lists what is wrong: bad files, wrong extensions, duplicates, leaks.
+
+Exit status: 0 if every image can be decoded (the rest are warnings), 1 if some cannot, 2 if there is nothing to check
+or train.py would not take DATA.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from typing import TypeVar
+
+from tqdm import tqdm
+
+import images
+import layouts
+from console import ArgumentParser, UserError, exit_status
+from report import printable, table
+from tools.data_flags import add_data_flags, find_images
+
+EXTENSIONS = {
+    "jpeg": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "png": (".png",),
+    "gif": (".gif",),
+    "bmp": (".bmp",),
+    "webp": (".webp",),
+    "tiff": (".tif", ".tiff"),
+}
+CHUNK = 1 << 20  # bytes hashed at once, so that a large file is not held whole
+NO_SPLIT = "-"
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One file of a data set: its path, its name within the data set, its class, its split."""
+
+    path: str
+    name: str
+    label: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What decoding a file shows: why it is bad, or its format and its size in bytes."""
+
+    fault: str | None
+    kind: str | None = None
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Files of the same content, in the order of the data set."""
+
+    files: tuple[Listed, ...]
+
+    def within_splits(self) -> Iterator[list[Listed]]:
+        """The copies of each split that has more than one."""
+        by_split: dict[str, list[Listed]] = defaultdict(list)
+        for file in self.files:
+            by_split[file.split].append(file)
+        return (files for files in by_split.values() if len(files) > 1)
+
+    def across_splits(self) -> bool:
+        return len({file.split for file in self.files}) > 1
+
+    def labels_differ(self) -> bool:
+        return len({file.label for file in self.files}) > 1
+
+
+def list_files(flags: argparse.Namespace) -> tuple[str, list[Listed], UserError | None]:
+    """A description of the data set, its files, and why it is none where it is not.
+
+    A folder that is no data set, perhaps because of the very files that are to be found, is searched for everything
+    that is named like an image; the class is then the folder.
+    """
+    try:
+        found = find_images(flags)
+    except UserError as error:
+        files = list(walk(flags.data)) if os.path.isdir(flags.data) else []
+        if not files:
+            raise
+        return f"{flags.data}: a folder that is no data set", files, error
+    files = [
+        Listed(path, name, found.class_names[label], split)
+        for split, examples in found.splits.items()
+        for path, name, label in zip(examples.paths, found.relative_names(split), examples.labels, strict=True)
+    ]
+    return f"{flags.data}: {found.layout}", files, None
+
+
+def walk(root: str) -> Iterator[Listed]:
+    """Everything below a folder that is named like an image."""
+    for folder, folders, names in os.walk(root):
+        for name in sorted(filter(layouts.is_image_name, [*names, *folders])):
+            path = os.path.join(folder, name)
+            label = os.path.relpath(folder, root)
+            yield Listed(path, os.path.relpath(path, root), label, NO_SPLIT)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not layouts.is_image_name(f))
+
+
+def in_parallel(work: Callable[[str], Result], paths: Sequence[str], what: str) -> list[Result]:
+    """`work` on every path, by a thread a core (decoding and hashing leave the interpreter free), with a bar."""
+    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
+        results: Iterable[Result] = pool.imap(work, paths, chunksize=8)
+        return list(tqdm(results, total=len(paths), desc=what, unit="img", leave=False, disable=None))
+
+
+def examine(path: str) -> Found:
+    """Decodes one file whole."""
+    fault = images.find_fault(path, thorough=True)
+    if fault is not None:
+        return Found(fault)
+    try:
+        return Found(None, images.image_format(path), os.path.getsize(path))
+    except (images.ImageError, OSError) as error:  # gone since it was decoded
+        return Found(str(error))
+
+
+def content_hash(path: str) -> bytes:
+    """A hash of a file's bytes; of a file that has become unreadable, one that equals no other."""
+    digest = hashlib.blake2b(digest_size=20)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except OSError:
+        return os.fsencode(path)
+    return digest.digest()
+
+
+def find_duplicates(files: Sequence[Listed], found: Sequence[Found]) -> list[Duplicates]:
+    """Groups of good files with the same bytes; only files of equal size are read for it."""
+    sizes = Counter(f.size for f in found if f.fault is None)
+    candidates = [file for file, f in zip(files, found, strict=True) if f.fault is None and sizes[f.size] > 1]
+    hashes = in_parallel(content_hash, [file.path for file in candidates], "comparing files of equal size")
+    groups: dict[bytes, list[Listed]] = defaultdict(list)
+    for file, digest in zip(candidates, hashes, strict=True):
+        groups[digest].append(file)
+    return [Duplicates(tuple(group)) for group in groups.values() if len(group) > 1]
+
+
+def counts_table(files: Sequence[Listed], found: Sequence[Found]) -> str:
+    """Files per class and split, the bad ones included, and how many of them are bad."""
+    splits = list(dict.fromkeys(file.split for file in files))
+    count = Counter((file.label, file.split) for file in files)
+    bad = Counter(file.label for file, f in zip(files, found, strict=True) if f.fault is not None)
+    labels = sorted({file.label for file in files})
+    numbers = [[*(count[la, s] for s in splits), sum(count[la, s] for s in splits), bad[la]] for la in labels]
+    rows = [[name, *line] for name, line in zip(labels, numbers, strict=True)]
+    return table([*rows, ["all", *map(sum, zip(*numbers, strict=True))]], ["class", *splits, "files", "bad"])
+
+
+def section(title: str, lines: Sequence[str]) -> list[str]:
+    """A heading with the number of lines under it; nothing where there are none."""
+    return ["", f"{title}: {len(lines)}", *(f"  {printable(line)}" for line in lines)] if lines else []
+
+
+def findings(files: Sequence[Listed], found: Sequence[Found]) -> list[str]:
+    """The lines of the report that follow the table."""
+    pairs: list[tuple[Listed, Found]] = list(zip(files, found, strict=True))
+    bad = [f"{file.name}: {f.fault}" for file, f in pairs if f.fault is not None]
+    wrong = [
+        f"{file.name}: is {f.kind.upper()}"
+        for file, f in pairs
+        if f.kind is not None and not file.name.lower().endswith(EXTENSIONS[f.kind])
+    ]
+    groups = find_duplicates(files, found)
+    within = [f"{part[0].split}: " + " = ".join(f.name for f in part) for g in groups for part in g.within_splits()]
+    across = [" = ".join(f"{f.name} ({f.split})" for f in g.files) for g in groups if g.across_splits()]
+    differ = [" = ".join(f"{f.name} ({f.label})" for f in g.files) for g in groups if g.labels_differ()]
+    lines = [
+        *section("bad files", bad),
+        *section("files whose extension names another format (read by content all the same)", wrong),
+        *section("identical files within a split", within),
+        *section("identical files in several splits (a leak: scores will be too good)", across),
+        *section("identical files with different labels", differ),
+    ]
+    return lines or ["", "nothing wrong found"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line, checks the data set and prints the report."""
+    parser = ArgumentParser(prog="python -m tools.check_data", description=__doc__)
+    add_data_flags(parser)
+    flags = parser.parse_args(argv)
+    title, files, no_data_set = list_files(flags)
+    found = in_parallel(examine, [file.path for file in files], "decoding")
+    print("\n".join([printable(title), "", counts_table(files, found), *findings(files, found)]))
+    if any(f.fault is not None for f in found):
+        if no_data_set:
+            print(f"warning: {printable(no_data_set)}", file=sys.stderr)
+        return 1
+    if no_data_set:
+        raise no_data_set
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
