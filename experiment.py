@@ -160,13 +160,10 @@ def cached_loads(
     source_stage = "conv1"
     stages = {phase.input_stage: phase.views for phase in phases if phase.views}
     for stage in sorted(stages, key=model.stages.index):
-        central = range(data.CENTRAL_VIEW, data.CENTRAL_VIEW + 1)
-        caches = {
-            split: features.Cache(
-                model, stage, of, spec, range(stages[stage]) if split == "train" else central, cache_dir
-            )
-            for split, of in examples.items()
-        }
+        caches = {}
+        for split, of in examples.items():
+            views = list(range(stages[stage])) if split == "train" else [data.CENTRAL_VIEW]
+            caches[split] = features.Cache(model, stage, of, spec, views, cache_dir)
         missing = sum(cache.missing_rows() for cache in caches.values())
         if missing:
             size = sum(cache.missing_bytes() for cache in caches.values()) / 1e6

@@ -39,7 +39,9 @@ class Cache:
     A network that computes in bfloat16 is stored in bfloat16, losing nothing; float32 is rounded to float16.
     """
 
-    def __init__(self, model: VGG, stage: str, examples: Examples, spec: data.Preprocessing, views: range, root: str):
+    def __init__(
+        self, model: VGG, stage: str, examples: Examples, spec: data.Preprocessing, views: list[int], root: str
+    ):
         self.model, self.stage, self.examples, self.views = model, stage, examples, views
         self.shape = model.input_shape(stage)
         self.dtype = np.dtype(ml_dtypes.bfloat16 if model.compute_dtype == tf.bfloat16 else np.float16)

@@ -18,11 +18,8 @@ from settings import Settings, add_flags
 def parse_arguments(arguments: list[str]) -> tuple[str, str | None, Settings]:
     """DATA, --run, and the settings."""
     parser = ArgumentParser(description="Fine-tune an ImageNet-pretrained VGG on your own images.")
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="a folder (Food-101, split folders, a folder per class) or a CSV (path,label[,split])",
-    )
+    layouts = "a folder (Food-101, split folders, a folder per class) or a CSV (path,label[,split])"
+    parser.add_argument("data", metavar="DATA", help=layouts)
     parser.add_argument("--run", help="run directory; one that exists is resumed (default: checkpoints/<time>-<hash>)")
     add_flags(parser)
     values = vars(parser.parse_args(arguments))

@@ -115,7 +115,11 @@ def main() -> int:
     rates, losses = (np.array(column) for column in zip(*curve, strict=True))
     smooth = smoothed(losses.tolist())
     suggestion = suggest(rates, smooth)
-    write_csv(os.path.splitext(output)[0] + ".csv", ["learning_rate", "loss", "smoothed"], zip(rates, losses, smooth))
+    write_csv(
+        os.path.splitext(output)[0] + ".csv",
+        ["learning_rate", "loss", "smoothed"],
+        zip(rates, losses, smooth, strict=True),
+    )
     draw(output, rates, losses, smooth, suggestion)
     print(f"the loss is smallest at {10 * suggestion:.1e}; try --learning-rate {suggestion:.1e}; picture in {output}")
     return 0
