@@ -31,8 +31,8 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 
 WORKDIR /app
 COPY . .
-# Readable whatever the umask of the checkout was; the two folders writable for any --user, if nothing is mounted there.
-RUN chmod -R a+rX . && mkdir -p data checkpoints && chmod 1777 data checkpoints
+# Readable whatever the umask of the checkout was; its folders for data and results writable for any --user, if nothing is mounted there.
+RUN chmod -R a+rX . && mkdir -p data checkpoints features && chmod 1777 data checkpoints features
 
 # A caller's uid has no entry in the image's user list: these are what programs look up there.
 ENV HOME=/tmp USER=vgg MPLCONFIGDIR=/tmp/matplotlib PYTHONPATH=/app

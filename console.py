@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
 
@@ -46,7 +47,9 @@ def quiet_tensorflow() -> None:
 
     Its own TF_CPP_MIN_LOG_LEVEL does not cover the lines written before logging is initialised, and an error line
     about a missing CUDA driver would be read as one. A user who sets TF_CPP_MIN_LOG_LEVEL sees all of them.
+    From here on a program that is interrupted says so in one line.
     """
+    sys.excepthook = _report_exception
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -61,6 +64,13 @@ def quiet_tensorflow() -> None:
         finally:
             os.dup2(stderr_copy, 2)
             os.close(stderr_copy)
+
+
+def _report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)  # Python then ends by SIGINT, which a shell reports as 130
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 class Stopped(Exception):

@@ -4,14 +4,16 @@ The scalars repeat metrics.jsonl and timing.jsonl. The files are written anew fr
 step is in them twice and none is missing.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorboard.plugins.hparams import api as hparams
 
+from console import UserError, one_line
 from run import Run
 
 TAGS = ("loss", "accuracy", "learning_rate", "images_per_second")
@@ -37,20 +39,34 @@ class EventWriter:
 
     def scalars(self, record: Mapping[str, Any]) -> None:
         """Adds the values of a log record, {"split": ..., "step": ..., tag: value}."""
-        with self._writers[record["split"]].as_default():
+        with _readable_failures(), self._writers[record["split"]].as_default():
             for tag in TAGS:
                 if tag in record:
                     tf.summary.scalar(tag, record[tag], step=record["step"])
 
     def images(self, split: str, tag: str, images: np.ndarray, step: int) -> None:
         """Adds pictures, uint8 [N, H, W, 3]."""
-        with self._writers[split].as_default():
+        with _readable_failures(), self._writers[split].as_default():
             tf.summary.image(tag, images, step=step, max_outputs=len(images))
 
     def flush(self) -> None:
-        for writer in self._writers.values():
-            writer.flush()
+        with _readable_failures():
+            for writer in self._writers.values():
+                writer.flush()
 
     def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
+        with _readable_failures():
+            for writer in self._writers.values():
+                writer.close()
+
+
+@contextlib.contextmanager
+def _readable_failures() -> Iterator[None]:
+    """A full disk, which TensorFlow reports as one resource exhausted among others, becomes a UserError."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"the event files can't be written ({one_line(error.message)[-200:]}); is the disk full? "
+            "Checkpoints are intact: free some space and run the same command again"
+        ) from None

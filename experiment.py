@@ -112,8 +112,8 @@ def _train(
         plan.restore_pretrained(trainer.model, arrays, source)
     spec = plan.preprocessing(settings)
     image_loads = {split: data.image_loader(examples[split], spec, settings.seed) for split in ("train", "val")}
-    stored = run.path / "results-val.json"
-    if fit.is_done() and stored.is_file():
+    stored, complete = run.path / "results-val.json", run.path / ".complete"
+    if fit.is_done() and complete.is_file() and stored.is_file():
         print("this run is complete: name a new --run to train again", flush=True)
         return json.loads(stored.read_text(encoding="utf-8"))
     # Of phases still to do: once a phase has changed a stage, what a finished phase cached above it is gone.
@@ -128,10 +128,11 @@ def _train(
     fit.finish()
     best = run.load_model()
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
-    results = _write_results(run, best, val, found.root, "val", loads["val"], phase.input_stage)
+    results = _write_results(run, best, val, found.root, "val", loads["val"], phase.input_stage, stop)
     for picture in ("confusion-val", "confusion-val-normalised", "worst-val"):
         fit.events.images("val", picture, images.read_image(run.path / f"{picture}.png")[None], fit.progress.best_step)
     fit.events.close()
+    complete.touch()  # results alone do not say so: a kill may have left half of them, or evaluate.py earlier ones
     return results
 
 
@@ -209,12 +210,25 @@ def evaluate(run: Run, data_path: str | None, split: str) -> dict[str, Any]:
 
 
 def _write_results(
-    run: Run, model: VGG, examples: layouts.Examples, root: str, split: str, load: data.Load, input_stage: str
+    run: Run,
+    model: VGG,
+    examples: layouts.Examples,
+    root: str,
+    split: str,
+    load: data.Load,
+    input_stage: str,
+    stop: StopSignals | None = None,
 ) -> dict[str, Any]:
     """Scores `model` on `examples` and writes every result file of the split into the run directory."""
     batches = data.ordered_batches(load, examples.labels, EVALUATION_BATCH)
     with progress_bar(len(examples), 0, f"evaluating {split}", leave=False) as bar:
-        logits = predict(compiled_forward(model, input_stage), batches, bar.update)
+
+        def each(count: int) -> None:
+            bar.update(count)
+            if stop:
+                stop.check()
+
+        logits = predict(compiled_forward(model, input_stage), batches, each)
     return report.write_results(
         run.path,
         split,

@@ -34,6 +34,11 @@ class Run:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        # TensorFlow takes a checkpoint's path for a pattern and a UTF-8 string: it would write one and never find it.
+        if re.search(r"[\[\\\ud800-\udfff]", os.fspath(path)):
+            raise UserError(
+                f"--run {self.path}: TensorFlow reads no checkpoint at a path with [, \\ or other than UTF-8"
+            )
 
     # -- config ------------------------------------------------------------------------------------------------------
 
@@ -64,8 +69,12 @@ class Run:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Refuses a second process that wants to write this run; the lock goes with the process, however it ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"--run {self.path}: can't be written: {error.strerror}") from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -134,14 +143,17 @@ class Run:
         Raises UserError where checkpoints are there and none can be read.
         """
         warnings: list[str] = []
-        for prefix in reversed(_prefixes(self.path / kind)):
+        prefixes = _prefixes(self.path / kind)
+        for prefix in reversed(prefixes):
             try:
                 reader = tf.train.load_checkpoint(str(prefix))
                 # Reading a tensor checks its checksum.
                 names = reader.get_variable_to_shape_map()
                 return {name: np.asarray(reader.get_tensor(name)) for name in names}, warnings  # text comes as bytes
-            except (tf.errors.OpError, ValueError, RuntimeError) as error:
+            except (tf.errors.OpError, ValueError, RuntimeError, IndexError) as error:
                 warnings.append(f"{prefix}: damaged, not used ({one_line(error)[:120]})")
+        if _prefixes(self.path / kind) != prefixes:  # a training process has replaced them meanwhile
+            return self.load(kind)
         if warnings:
             raise UserError(f"{'; '.join(warnings)}; no intact checkpoint is left: delete {self.path / kind}")
         return None

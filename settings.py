@@ -106,12 +106,14 @@ class Settings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
         """Of parsed flags, or of what `as_dict` gave."""
-        return cls(**{**values, "augment": tuple(values["augment"])})
+        return cls(**{**values, "augment": tuple(values.get("augment", ()))})
 
 
-def add_flags(parser: argparse.ArgumentParser, **other_defaults: Any) -> None:
-    """Gives `parser` a flag for each setting; `other_defaults` by field name."""
+def add_flags(parser: argparse.ArgumentParser, without: tuple[str, ...] = (), **other_defaults: Any) -> None:
+    """Gives `parser` a flag for each setting but those named in `without`; `other_defaults` by field name."""
     for field in dataclasses.fields(Settings):
+        if field.name in without:
+            continue
         default, help = other_defaults.get(field.name, field.default), field.metadata["help"]
         choices = field.metadata["choices"] or None
         if isinstance(default, bool):

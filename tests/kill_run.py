@@ -117,7 +117,12 @@ def train_with_marks(arguments: list[str]) -> int:
 
         def wrapped(*args: Any) -> Any:
             *others, each = args
-            return function(*others, lambda count: (time.sleep(seconds), each(count)))
+
+            def slow_each(count: int) -> None:
+                time.sleep(seconds)
+                each(count)
+
+            return function(*others, slow_each)
 
         return wrapped
 
@@ -127,9 +132,9 @@ def train_with_marks(arguments: list[str]) -> int:
     wrap(run.Run, "save", "checkpoint")
     wrap(tf.raw_ops, "SaveV2", sleep=0.02)
     wrap(run, "write_text", sleep=0.01)
-    fit.predict = slowly(fit.predict, 0.01)
+    vars(fit)["predict"] = slowly(vars(fit)["predict"], 0.01)
     wrap(fit.Fit, "_validate", "validation")
-    features.Cache.fill = slowly(features.Cache.fill, 0.05)
+    setattr(features.Cache, "fill", slowly(features.Cache.fill, 0.05))  # noqa: B010
     wrap(features.Cache, "fill", "caching")
     sys.argv = ["train.py", *arguments]
     return exit_status(train.main)
@@ -352,7 +357,10 @@ def main() -> int:
     parser.add_argument("--variant", choices=[*VARIANTS, "all"], default="all")
     parser.add_argument("--folder", type=Path, help="where to train; what is left there is kept")
     arguments = parser.parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.path.insert(0, str(ROOT))
+    from console import quiet_tensorflow
+
+    quiet_tensorflow()
     lost = 0
     for variant in VARIANTS if arguments.variant == "all" else [arguments.variant]:
         folder = Path(tempfile.mkdtemp(prefix="kill-run-", dir=arguments.folder))

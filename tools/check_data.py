@@ -6,12 +6,14 @@ or train.py would not take DATA.
 
 import argparse
 import hashlib
+import multiprocessing
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -30,6 +32,7 @@ EXTENSIONS = {
     "webp": (".webp",),
     "tiff": (".tif", ".tiff"),
 }
+FILES_FOR_PROCESSES = 2000
 CHUNK = 1 << 20  # bytes hashed at once, so that a large file is not held whole
 NO_SPLIT = "-"
 Result = TypeVar("Result")
@@ -106,10 +109,26 @@ def walk(root: str) -> Iterator[Listed]:
 
 
 def in_parallel(work: Callable[[str], Result], paths: Sequence[str], what: str) -> list[Result]:
-    """`work` on every path, by a thread a core (decoding and hashing leave the interpreter free), with a bar."""
-    with ThreadPool(len(os.sched_getaffinity(0))) as pool:
-        results: Iterable[Result] = pool.imap(work, paths, chunksize=8)
-        return list(tqdm(results, total=len(paths), desc=what, unit="img", leave=False, disable=None))
+    """`work` on every path, on all cores, with a bar.
+
+    By processes where there are files enough to repay their start: of decoding an image about a third holds the
+    interpreter, so that threads would occupy three cores at most.
+    """
+    cores = len(os.sched_getaffinity(0))
+    pool: Executor
+    if len(paths) >= FILES_FOR_PROCESSES:
+        pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
+    else:
+        pool = ThreadPoolExecutor(cores)
+    try:
+        with pool:
+            results = pool.map(work, paths, chunksize=16)
+            return list(tqdm(results, total=len(paths), desc=what, unit="img", leave=False, disable=None))
+    except BrokenProcessPool:
+        raise UserError(
+            f"{what}: a process was killed, perhaps for lack of memory: close other programs, or use fewer cores "
+            "with: taskset -c 0 python -m tools.check_data ..."
+        ) from None
 
 
 def examine(path: str) -> Found:

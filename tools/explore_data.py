@@ -70,7 +70,7 @@ class Statistics:
 
 def shown(x: tf.Tensor) -> np.ndarray:
     """The network's input as a picture: the mean added back, uint8 [S, S, 3]."""
-    return np.rint(np.clip(x.numpy() + np.float32(MEAN_RGB), 0, 255)).astype(np.uint8)
+    return np.rint(np.clip(x.numpy() + np.array(MEAN_RGB, np.float32), 0, 255)).astype(np.uint8)
 
 
 def look(path: str, crop_margin: int) -> Look | str:
@@ -122,7 +122,7 @@ def gather(sample: dict[str, layouts.Examples], class_count: int, crop_margin: i
 
 
 def draw_samples(path: Path, train: layouts.Examples, names: Sequence[str], spec: Preprocessing, seed: int) -> None:
-    """A row for each of some classes: a training image as it is, then as the network sees it in several epochs."""
+    """A row for each of some classes: a training image as it is, then as the network may see it in training."""
     pictures: list[np.ndarray] = []
     titles: list[str] = []
     order = np.random.default_rng(seed).permutation(len(train))
@@ -140,7 +140,7 @@ def draw_samples(path: Path, train: layouts.Examples, names: Sequence[str], spec
             for view in range(VIEWS):
                 seen = preprocess(tf.constant(image), spec, tf.constant([seed, view], tf.int64) + int(index) * 1000)
                 pictures.append(shown(seen))
-                titles.append(f"\nas seen in epoch {view + 1}")
+                titles.append(f"\nrandom view {view + 1}")
             break
     image_grid(path, pictures, titles, VIEWS + 1)
 

@@ -36,27 +36,30 @@ def write_page(
     """Writes `index.html` beside the pictures, which it holds too; `sizes`: (height, width) of the sampled images."""
     total = sum(map(len, found.splits.values()))
     title = escape(printable(f"Data set {data}"))
-    whole = "All" if len(sizes) + len(faults) == total else f"A sample of {len(sizes) + len(faults)} of the"
+    looked_at = len(sizes) + len(faults)
+    which = "All images were looked at"
+    if looked_at < total:
+        which = f"A sample of {looked_at} was looked at, with equal numbers of each class as far as there are so many"
     changes = ", ".join(spec.augment) or "none"
     median = np.median(np.array(sizes), axis=0)
     figures = [
         ("Images per class", "counts.png", "Stacked bars: images per class and split, the largest class first", ""),
         ("Sizes", "sizes.png", "Scatter of width against height; histograms of aspect ratio and of the shorter side",
          f"The median image is {median[1]:.0f} pixels wide and {median[0]:.0f} high. "
-         f"An image whose shorter side is less than {spec.image_size} is enlarged for the network."),
+         f"Crops of less than {spec.image_size} pixels, left of the dashed line, are enlarged for the network."),
         ("What the network sees", "samples.png", "Rows of training images, each followed by four random views of it",
          f"Random square crops (margin {spec.crop_margin}) at {spec.image_size} × {spec.image_size} pixels; "
          f"other changes: {changes}. The mean that the network's input lacks is added back."),
         ("Colours", "colours.png", "Density of the red, green and blue values, for all images and for each class",
-         "Each image counts the same, whatever its size."),
+         "How often each value occurs; each image counts the same, whatever its size. Peaks at pure black and white "
+         "(plain backgrounds) may go beyond the top."),
         ("Mean images", "means.png", "Mean of the central crops, of all images and of each class",
          "What still shows in a mean is where the images of a class agree."),
     ]  # fmt: skip
     body = [
         f"<h1>{title}</h1>",
-        f"<p>{total} images, {len(found.class_names)} classes, layout: {escape(found.layout)}. {whole} images were "
-        f"looked at, with equal numbers of each class as far as there are so many; {len(faults)} could not be read"
-        f"{' and are left out' if faults else ''}. The counts are of all files.</p>",
+        f"<p>{total} images, {len(found.class_names)} classes, layout: {escape(found.layout)}. {which}; "
+        f"{len(faults)} could not be read{' and are left out' if faults else ''}. The counts are of all files.</p>",
         *_faults(faults),
     ]
     for heading, name, alternative, text in figures:

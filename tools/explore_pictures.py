@@ -16,7 +16,8 @@ from pictures import BLUE, DPI, GREEN, ORANGE, _fit, _save, _text_style, picture
 SPLIT_STYLES = {"train": (BLUE, "o"), "val": (ORANGE, "^"), "test": (GREEN, "s")}
 CHANNEL_STYLES = (("red", "#D55E00", "-"), ("green", GREEN, "--"), ("blue", BLUE, ":"))
 MOST_PANELS = 120  # classes with a panel of their own in one picture
-SIDES = (1, 2, 5)  # tick labels of logarithmic axes, and their tenfolds
+# Tick labels of a logarithmic axis, and their tenfolds, by how many times its least value its greatest is at least.
+LOG_STEPS: tuple[tuple[float, tuple[float, ...]], ...] = ((500, (1,)), (10, (1, 2, 5)), (2.5, (1, 1.5, 2, 3, 4, 6, 8)))
 
 
 def draw_counts(path: str | os.PathLike[str], class_names: Sequence[str], counts: dict[str, np.ndarray]) -> None:
@@ -51,7 +52,7 @@ def draw_sizes(path: str | os.PathLike[str], sizes: dict[str, np.ndarray], image
     scatter, aspects, shorts = (figure.add_subplot(place) for place in (grid[:, 0], grid[0, 1], grid[1, 1]))
     for split, pairs in sizes.items():
         colour, marker = SPLIT_STYLES[split]
-        scatter.scatter(pairs[:, 1], pairs[:, 0], 16, colour, marker, alpha=0.35, linewidths=0, label=split)
+        scatter.scatter(pairs[:, 1], pairs[:, 0], 16, c=colour, marker=marker, alpha=0.35, linewidths=0, label=split)
     everything = np.concatenate(list(sizes.values()))
     low, high = 0.85 * everything.min(), 1.15 * everything.max()
     scatter.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=0)
@@ -80,7 +81,7 @@ def _histograms(axes: Axes, values: dict[str, np.ndarray], label: str) -> None:
     low, high = everything.min(), everything.max()
     if high < 1.3 * low:  # all alike: still a bar of some width
         low, high = low / 1.3, high * 1.3
-    edges = np.geomspace(low, high * 1.0001, 31)
+    edges = np.geomspace(low, high * 1.0001, 31).tolist()
     for (split, of_split), line in zip(values.items(), itertools.cycle(("-", "--", ":"))):
         weights = np.full(len(of_split), 100 / len(of_split))
         axes.hist(of_split, edges, weights=weights, histtype="step", color=SPLIT_STYLES[split][0],
@@ -96,14 +97,13 @@ def _logarithmic(axes: Axes, both: bool) -> None:
         axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis) if both else (axes.xaxis,):
         low, high = axis.get_view_interval()
-        wide = high / low > 12
-        steps = SIDES if wide else (1, 1.5, 2, 3, 4, 5, 6, 8)
-        if high / low < 2:
-            steps = tuple(1 + i / 10 for i in range(90))
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
-        ticks = ticks[:: max(1, math.ceil(len(ticks) / 8))]
-        axis.set_major_locator(FixedLocator(ticks))
+        steps = next((steps for least, steps in LOG_STEPS if high / low >= least), None)
+        if steps is None:  # hardly curved: ticks as on a linear axis
+            axis.set_major_locator(MaxNLocator(6))
+        else:
+            first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+            decades = range(first, last + 1, max(1, (last - first) // 5))
+            axis.set_major_locator(FixedLocator([step * 10.0**decade for decade in decades for step in steps]))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 

@@ -79,6 +79,12 @@ def read_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return good
 
 
+def rank(record: dict[str, Any]) -> tuple[float, float]:
+    """Greater for a better validation: as the best checkpoint is chosen, equal accuracies by the loss."""
+    loss = number(record, "loss")
+    return float(record["accuracy"]), -math.inf if loss is None else -loss
+
+
 def read_run(path: Path, name: str) -> RunSummary:
     """All that a run directory tells, whatever is missing or broken in it."""
     run = RunSummary(name)
@@ -93,8 +99,8 @@ def read_run(path: Path, name: str) -> RunSummary:
     timing = read_records(path / "timing.jsonl", run.notes)
     results = read_object(path / "results-val.json", run.notes)
     val = [record for record in records if record.get("split") == "val" and number(record, "accuracy") is not None]
-    # The log is what training saw; the results may be of another data set, scored later. The first of equals is kept.
-    best = max(val, key=lambda record: float(record["accuracy"])) if val else {}
+    # The log is what training saw; the results may be of another data set, scored later.
+    best = max(val, key=lambda record: (record["accuracy"], -(number(record, "loss") or math.inf))) if val else {}
     of_train = [number(record, "images_per_second") for record in timing if record.get("split") == "train"]
     speeds = [speed for speed in of_train if speed is not None]
     values = {

@@ -1,0 +1,142 @@
+"""Accuracy against the number of training images: python -m tools.learning_curve DATA --examples-per-class 1 2 5 10.
+
+Would more images help? A head is trained on cached activations for each number of images per class and each seed;
+the seed draws the images, larger draws contain the smaller ones. Takes the other flags of train.py, of which only
+those of the head, the optimiser and the preprocessing matter: everything below the head is frozen.
+"""
+
+import dataclasses
+import os
+import sys
+
+from console import ArgumentParser, StopSignals, UserError, exit_status, quiet_tensorflow
+
+quiet_tensorflow()
+
+import numpy as np
+import tensorflow as tf
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import data
+import layouts
+import metrics
+import plan
+from experiment import cached_loads, readable_failures
+from files import replace_file, write_csv
+from report import table
+from settings import Settings, add_flags
+from training import Phase, compiled_forward, predict
+
+Row = tuple[int, int, float, float]  # images per class, seed, validation accuracy, validation loss
+
+
+def learning_curve(settings: Settings, data_path: str, counts: list[int], seeds: int, steps: int) -> list[Row]:
+    """Trains a head of `steps` steps for each number of images per class and each seed; the last step counts."""
+    settings = dataclasses.replace(settings, train_from="head", head_epochs=0, examples_per_class=0)
+    found = plan.find_images(settings, data_path)
+    config, arrays = plan.new_config(settings, found, command=[])
+    examples = plan.usable_examples(settings, found, config["excluded"])
+    train, val = examples["train"], examples["val"]
+    # One cache serves every run: it holds the images of the largest draw of any seed.
+    drawn = [layouts.take_per_class(train, max(counts), seed) for seed in range(seeds)]
+    union = sorted({path for draw in drawn for path in draw.paths})
+    position = {path: index for index, path in enumerate(train.paths)}
+    pool = train.subset([position[path] for path in union])
+    phase = Phase(**config["phases"][-1])
+    network = plan.make_trainer(config, settings, pool, [phase]).model
+    plan.restore_pretrained(network, arrays, config["pretrained"]["source"])
+    with StopSignals() as stop:
+        splits = {"train": pool, "val": val}
+        spec = plan.preprocessing(settings)
+        loads = cached_loads(network, [phase], splits, spec, settings.cache_dir, stop)[phase.input_stage]
+        rows: list[Row] = []
+        for count, seed in tqdm([(n, seed) for n in counts for seed in range(seeds)], unit="run", leave=False):
+            chosen = layouts.take_per_class(pool, count, seed)
+            run = dataclasses.replace(settings, seed=seed)
+            logits = _train_head(run, config, arrays, phase, loads, pool, chosen, val, steps)
+            rows.append((count, seed, metrics.accuracy(logits, val.labels), metrics.log_loss(logits, val.labels)))
+            stop.check()
+    return rows
+
+
+def _train_head(
+    settings: Settings,
+    config: dict,
+    arrays: dict[str, np.ndarray],
+    phase: Phase,
+    loads: dict[str, data.Load],
+    pool: layouts.Examples,
+    chosen: layouts.Examples,
+    val: layouts.Examples,
+    steps: int,
+) -> np.ndarray:
+    """Logits of the validation images, [N, classes], after training on the examples `chosen` out of `pool`."""
+    row_of = {path: row for row, path in enumerate(pool.paths)}
+    rows = tf.constant([row_of[path] for path in chosen.paths], tf.int64)
+
+    def load(positions: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
+        return loads["train"](positions.map(lambda index, view: (tf.gather(rows, index), view)), batch_size)
+
+    epoch_steps = data.steps_per_epoch(len(chosen), settings.batch_size)
+    last_step = -(-steps // epoch_steps) * epoch_steps
+    phase = dataclasses.replace(phase, first_step=0, last_step=last_step)
+    trainer = plan.make_trainer(config, settings, chosen, [phase])
+    plan.restore_pretrained(trainer.model, arrays, config["pretrained"]["source"])
+    step = trainer.train_step(phase)
+    batches = data.train_batches(load, chosen.labels, settings.batch_size, settings.seed, 0, last_step, phase.views)
+    for x, labels, _ in batches:
+        step(x, labels)
+    forward = compiled_forward(trainer.model, phase.input_stage)
+    return predict(forward, data.ordered_batches(loads["val"], val.labels, settings.batch_size))
+
+
+def draw(path: str, counts: list[int], accuracies: np.ndarray) -> None:
+    """Mean accuracy over seeds with its standard deviation and every run; accuracies [counts, seeds]."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    mean = accuracies.mean(axis=1)
+    deviation = accuracies.std(axis=1, ddof=1) if accuracies.shape[1] > 1 else np.zeros(len(counts))
+    for column in accuracies.T:
+        axes.plot(counts, column, ".", color="#999999", markersize=5)
+    axes.errorbar(counts, mean, deviation, color="#0072B2", marker="o", capsize=4, label="mean and standard deviation")
+    axes.plot([], [], ".", color="#999999", label=f"each of {accuracies.shape[1]} seeds")
+    axes.set(xscale="log", xlabel="training images per class", ylabel="validation accuracy", title="Learning curve")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    with replace_file(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
+
+
+def main() -> int:
+    parser = ArgumentParser(prog="tools.learning_curve", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("data", metavar="DATA", help="as for train.py")
+    parser.add_argument("--examples-per-class", type=int, nargs="+", default=[1, 2, 5, 10, 25, 50], metavar="N")
+    parser.add_argument("--seeds", type=int, default=3, help="runs for each number of images (default: 3)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of a run (default: 300)")
+    parser.add_argument("--output", default="learning-curve.png", help="picture to write; the numbers go beside it")
+    add_flags(parser, without=("examples_per_class", "train_from", "head_epochs", "epochs", "patience"))
+    values = vars(parser.parse_args())
+    data_path, output, seeds, steps = (values.pop(name) for name in ("data", "output", "seeds", "steps"))
+    counts = sorted(set(values.pop("examples_per_class")))
+    if min(counts) < 1 or seeds < 1 or steps < 1:
+        raise UserError("--examples-per-class, --seeds and --steps must be at least 1")
+    with readable_failures():
+        rows = learning_curve(Settings.from_dict(values), data_path, counts, seeds, steps)
+    accuracies = np.array([row[2] for row in rows]).reshape(len(counts), seeds)
+    header = ["images_per_class", "seed", "accuracy", "loss"]
+    write_csv(os.path.splitext(output)[0] + ".csv", header, rows)
+    draw(output, counts, accuracies)
+    lines = [
+        [n, f"{a.mean():.4f}", f"{a.std(ddof=1):.4f}" if seeds > 1 else ""]
+        for n, a in zip(counts, accuracies, strict=True)
+    ]
+    print(table(lines, ["images per class", "mean accuracy", "deviation"]))
+    print(f"picture in {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
