@@ -1,6 +1,7 @@
 """How every script meets a person: the exception for mistakes they can mend, its exit status, and a quiet start."""
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
@@ -40,6 +41,27 @@ def exit_status(main: Callable[[], int | None]) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: no space left{where}: free some disk and run the same command again", file=sys.stderr)
     return 2
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a script's `main` and ends the process with its exit status, without waiting for anything.
+
+    While an interpreter shuts down, its other threads can no longer enter it. One that reads images for an abandoned
+    `tf.data` iterator would wait for that for ever, and the iterator's end for the thread.
+    """
+    try:
+        status = exit_status(main)
+    except SystemExit as error:  # of argparse, after --help
+        status = int(error.code or 0)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        status = 128 + signal.SIGPIPE
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def quiet_tensorflow() -> None:

@@ -1,8 +1,6 @@
 """Scores a trained run on a split of its data or of another data set: python evaluate.py [--run DIR] [--data DATA]."""
 
-import sys
-
-from console import ArgumentParser, exit_status, quiet_tensorflow
+from console import ArgumentParser, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -26,4 +24,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_script(main)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 
-from console import ArgumentParser, UserError, exit_status, one_line, quiet_tensorflow
+from console import ArgumentParser, UserError, one_line, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -129,4 +129,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_script(main)

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 
-from console import ArgumentParser, Stopped, exit_status, quiet_tensorflow
+from console import ArgumentParser, Stopped, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -46,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_script(main)

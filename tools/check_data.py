@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import images
 import layouts
-from console import ArgumentParser, UserError, exit_status
+from console import ArgumentParser, UserError, run_script
 from report import printable, table
 from tools.data_flags import add_data_flags, find_images
 
@@ -222,4 +222,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_script(main)

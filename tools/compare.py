@@ -10,14 +10,13 @@ import io
 import json
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from console import ArgumentParser, UserError, exit_status
+from console import ArgumentParser, UserError, run_script
 from files import write_text
 from report import markdown_table, table
 from tools.run_summary import BEST, SCORES, RunSummary, read_run
@@ -151,4 +150,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_script(main)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from console import ArgumentParser, UserError, exit_status, quiet_tensorflow
+from console import ArgumentParser, UserError, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -200,4 +200,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_script(main)

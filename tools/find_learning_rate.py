@@ -8,9 +8,8 @@ the picture and its numbers (CSV) is written.
 import argparse
 import dataclasses
 import os
-import sys
 
-from console import UserError, exit_status, quiet_tensorflow
+from console import UserError, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -126,4 +125,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_script(main)

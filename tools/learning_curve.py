@@ -7,9 +7,8 @@ those of the head, the optimiser and the preprocessing matter: everything below 
 
 import dataclasses
 import os
-import sys
 
-from console import ArgumentParser, StopSignals, UserError, exit_status, quiet_tensorflow
+from console import ArgumentParser, StopSignals, UserError, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -73,10 +72,13 @@ def _train_head(
 ) -> np.ndarray:
     """Logits of the validation images, [N, classes], after training on the examples `chosen` out of `pool`."""
     row_of = {path: row for row, path in enumerate(pool.paths)}
-    rows = tf.constant([row_of[path] for path in chosen.paths], tf.int64)
+    rows = np.array([row_of[path] for path in chosen.paths])  # of the cache, for each chosen example
+    place = np.zeros(len(pool), np.int64)
+    place[rows] = np.arange(len(chosen))
 
     def load(positions: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
-        return loads["train"](positions.map(lambda index, view: (tf.gather(rows, index), view)), batch_size)
+        in_pool = positions.map(lambda index, view: (tf.gather(rows, index), view))
+        return loads["train"](in_pool, batch_size).map(lambda x, row: (x, tf.gather(place, row)))
 
     epoch_steps = data.steps_per_epoch(len(chosen), settings.batch_size)
     last_step = -(-steps // epoch_steps) * epoch_steps
@@ -139,4 +141,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_script(main)

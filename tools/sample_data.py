@@ -9,7 +9,6 @@ import importlib.util
 import json
 import math
 import os
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from console import UserError, exit_status
+from console import UserError, run_script
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
@@ -213,4 +212,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_script(main)

@@ -7,7 +7,6 @@ are pooled and drawn anew; a test split that DATA brings stays the test split.
 import csv
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import layouts
-from console import ArgumentParser, UserError, exit_status
+from console import ArgumentParser, UserError, run_script
 from files import replace_file
 from report import table
 from tools.data_flags import add_image_root
@@ -167,4 +166,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_script(main)
