@@ -50,8 +50,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 def write_csv(path: str | os.PathLike[str], header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
     """Writes a header and rows as CSV, aside and renamed; text as in `write_text`."""
+    lines = [header, *rows]
+    # The csv module quotes a cell for the line end that it writes, but a lone carriage return ends a row for readers.
+    odd = any("\r" in cell for line in lines for cell in line if isinstance(cell, str))
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerows(lines)
     write_text(path, text.getvalue())
 
 

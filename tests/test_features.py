@@ -143,7 +143,8 @@ def test_a_filled_cache_is_reused_and_its_rows_take_the_bytes_that_were_announce
     cache = Cache(build(), "conv5", examples, SPEC, VIEWS, str(tmp_path))
     assert cache.missing_rows() == 2 * COUNT
     assert cache.missing_bytes() == 2 * COUNT * 2 * 2 * 8 * 2
-    source, rows = NoiseLoader(), []
+    source = NoiseLoader()
+    rows: list[int] = []
     cache.fill(source, "conv1", rows.append)
     assert sum(rows) == 2 * COUNT
     assert sorted(source.asked) == sorted((index, view) for index in range(COUNT) for view in VIEWS)
@@ -179,7 +180,8 @@ def test_a_truncated_partial_file_is_completed_to_the_same_bytes(
     assert row_bytes == 16
     (cache.folder / "central.bin").unlink()
     (cache.folder / "central.partial").write_bytes(whole["central.bin"][: rows_left * row_bytes + odd_bytes])
-    source, rows = NoiseLoader(), []
+    source = NoiseLoader()
+    rows: list[int] = []
     cache.fill(source, "conv1", rows.append)
     assert files_of(cache) == whole
     assert [index for index, _ in source.asked] == list(range(first, COUNT))

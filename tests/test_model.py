@@ -21,7 +21,7 @@ SLIM_CONVOLUTIONS = {
     "vgg_16": [(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)],
     "vgg_19": [(2, 64), (2, 128), (4, 256), (4, 512), (4, 512)],
 }
-HEAD_TABLE = {
+HEAD_TABLE: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "fc": [("fc6", (7, 7, 512, 4096)), ("fc7", (1, 1, 4096, 4096)), ("fc8", (1, 1, 4096, 11))],
     "gap": [("gap", (512, 11))],
     "linear": [("linear", (7 * 7 * 512, 11))],
@@ -63,7 +63,8 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("network", ["vgg_16", "vgg_19"])
 def test_names_and_shapes_are_those_of_tf_slim(monkeypatch: pytest.MonkeyPatch, network: str, head: str) -> None:
     monkeypatch.setattr(tf.random, "stateless_normal", lambda shape, seed: tf.zeros(shape))  # 140 million take seconds
-    expected, channels = {}, 3
+    expected: dict[str, tuple[int, ...]] = {}
+    channels = 3
     for stage, (count, width) in enumerate(SLIM_CONVOLUTIONS[network], start=1):
         for number in range(1, count + 1):
             expected[f"{network}/conv{stage}/conv{stage}_{number}"] = (3, 3, channels, width)

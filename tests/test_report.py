@@ -62,7 +62,7 @@ def figures(monkeypatch):
         figure.draw(renderer)
         figures.append(figure)
 
-    monkeypatch.setattr(pictures, "_save", keep)
+    monkeypatch.setattr(pictures, "save_figure", keep)
     return figures
 
 

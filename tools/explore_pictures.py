@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from pictures import BLUE, DPI, GREEN, ORANGE, _fit, _save, _text_style, picture_names
+from pictures import BLUE, DPI, GREEN, ORANGE, fit_text, picture_names, save_figure, text_style
 
 # Okabe and Ito 2008, which colour-blind readers can tell apart; line styles tell them apart in black and white.
 SPLIT_STYLES = {"train": (BLUE, "o"), "val": (ORANGE, "^"), "test": (GREEN, "s")}
@@ -34,14 +34,14 @@ def draw_counts(path: str | os.PathLike[str], class_names: Sequence[str], counts
         left += of_class[order]
     for y, number in enumerate(left):
         axes.annotate(f"{number:.0f}", (number, y), (3, 0), textcoords="offset points", va="center", fontsize=7)
-    axes.set_yticks(range(len(order)), [_fit(names[i], 2.2) for i in order], **_text_style(8 if bar > 0.2 else 7))
+    axes.set_yticks(range(len(order)), [fit_text(names[i], 2.2) for i in order], **text_style(8 if bar > 0.2 else 7))
     axes.set(xlabel="images", ylim=(len(order) - 0.4, -0.6))
     axes.margins(x=0.08)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper right", ncols=3, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_sizes(path: str | os.PathLike[str], sizes: dict[str, np.ndarray], image_size: int) -> None:
@@ -72,7 +72,7 @@ def draw_sizes(path: str | os.PathLike[str], sizes: dict[str, np.ndarray], image
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _histograms(axes: Axes, values: dict[str, np.ndarray], label: str) -> None:
@@ -126,7 +126,7 @@ def draw_densities(path: str | os.PathLike[str], titles: Sequence[str], densitie
     for axes, title, of_panel in zip(panels, names, per_level, strict=False):
         for (label, colour, line), values in zip(CHANNEL_STYLES, of_panel, strict=True):
             axes.plot(centres, values, line, color=colour, linewidth=1.3, label=label)
-        axes.set_title(_fit(title, 2.1), **_text_style(8))
+        axes.set_title(fit_text(title, 2.1), **text_style(8))
         axes.grid(color="0.9")
         axes.set(xlim=(0, 256), ylim=(0, top), xticks=(0, 128, 255))
         axes.tick_params(labelsize=7)
@@ -135,4 +135,4 @@ def draw_densities(path: str | os.PathLike[str], titles: Sequence[str], densitie
     figure.supxlabel("value of the channel, 0 to 255", fontsize=9)
     figure.supylabel("per cent of pixels per value", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -21,8 +21,9 @@ import data
 import plan
 from console import ArgumentParser, StopSignals
 from experiment import cached_loads, readable_failures
-from files import replace_file, write_csv
+from files import write_csv
 from fit import progress_bar
+from pictures import BLUE, ORANGE, save_figure
 from settings import Settings, add_flags
 from training import Phase, Trainer
 
@@ -87,14 +88,13 @@ def draw(path: str, rates: np.ndarray, losses: np.ndarray, smooth: np.ndarray, s
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(rates, losses, color="#999999", linewidth=0.8, label="loss of each batch")
-    axes.plot(rates, smooth, color="#0072B2", linewidth=2, label="smoothed")
-    axes.axvline(suggestion, color="#D55E00", linestyle="--", label=f"suggestion {suggestion:.1e}")
+    axes.plot(rates, smooth, color=BLUE, linewidth=2, label="smoothed")
+    axes.axvline(suggestion, color=ORANGE, linestyle="--", label=f"suggestion {suggestion:.1e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title="Learning-rate range test")
     axes.set_ylim(0, 1.1 * float(np.nanmax(smooth[np.isfinite(smooth)])))
     axes.grid(alpha=0.3)
     axes.legend()
-    with replace_file(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def main() -> int:

@@ -22,7 +22,8 @@ import layouts
 import metrics
 import plan
 from experiment import cached_loads, readable_failures
-from files import replace_file, write_csv
+from files import write_csv
+from pictures import BLUE, save_figure
 from report import table
 from settings import Settings, add_flags
 from training import Phase, compiled_forward, predict
@@ -101,15 +102,14 @@ def draw(path: str, counts: list[int], accuracies: np.ndarray) -> None:
     deviation = accuracies.std(axis=1, ddof=1) if accuracies.shape[1] > 1 else np.zeros(len(counts))
     for column in accuracies.T:
         axes.plot(counts, column, ".", color="#999999", markersize=5)
-    axes.errorbar(counts, mean, deviation, color="#0072B2", marker="o", capsize=4, label="mean and standard deviation")
+    axes.errorbar(counts, mean, deviation, color=BLUE, marker="o", capsize=4, label="mean and standard deviation")
     axes.plot([], [], ".", color="#999999", label=f"each of {accuracies.shape[1]} seeds")
     axes.set(xscale="log", xlabel="training images per class", ylabel="validation accuracy", title="Learning curve")
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    with replace_file(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def main() -> int:

@@ -15,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
-from PIL import Image
+from skimage.util import img_as_ubyte
+from skimage.transform import resize
 from tqdm import tqdm
 
-from console import UserError, run_script
+from console import ArgumentParser, UserError, run_script
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
@@ -115,8 +117,8 @@ def draw_picture(path: str, photograph: str, within: Box, seed: int) -> Picture:
 def plan(folder: Path, train: int, val: int, seed: int) -> Iterator[Picture]:
     """Every picture of the data set, class by class, with `train` and `val` pictures per class."""
     for class_name, source in PHOTOGRAPHS.items():
-        with Image.open(folder / source.file) as image:
-            area = source.area or (0, 0, image.width, image.height)
+        height, width = iio.improps(folder / source.file).shape[:2]
+        area = source.area or (0, 0, width, height)
         for split, count in (("train", train), ("val", val)):
             within = region(area, split, source.val_first)
             for index in range(count):
@@ -126,15 +128,17 @@ def plan(folder: Path, train: int, val: int, seed: int) -> Iterator[Picture]:
 
 def write_pictures(pictures: Sequence[Picture], photographs: Path, out: Path) -> None:
     """Cuts and saves `pictures` under `out`; greyscale photographs stay greyscale JPEG files."""
-    opened: dict[str, Image.Image] = {}
+    opened: dict[str, np.ndarray] = {}
     for picture in tqdm(pictures, desc="sample pictures", unit="picture", disable=None):
         if picture.photograph not in opened:
-            with Image.open(photographs / picture.photograph) as image:
-                opened = {picture.photograph: image.copy()}  # one at a time: the plan goes class by class
+            # One at a time: the plan goes class by class.
+            opened = {picture.photograph: iio.imread(photographs / picture.photograph)}
         target = out / picture.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        cut = opened[picture.photograph].crop(picture.box)
-        cut.resize(picture.size, Image.Resampling.LANCZOS).save(target, quality=JPEG_QUALITY)
+        left, top, right, bottom = picture.box
+        cut = opened[picture.photograph][top:bottom, left:right]
+        small = resize(cut, picture.size[::-1], anti_aliasing=True)  # float, 0..1
+        iio.imwrite(target, img_as_ubyte(small), quality=JPEG_QUALITY)
 
 
 def already_made(out: Path, settings: dict[str, int], pictures: Sequence[Picture]) -> bool:
@@ -195,7 +199,7 @@ def seed_number(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and makes the data set."""
-    parser = argparse.ArgumentParser(prog="python -m tools.sample_data", description=__doc__)
+    parser = ArgumentParser(prog="python -m tools.sample_data", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make: OUT/train/<class>/, OUT/val/<class>/")
     parser.add_argument("--train", type=positive, default=12, help="training pictures per class (default %(default)s)")
     parser.add_argument("--val", type=positive, default=6, help="validation pictures per class (default %(default)s)")
