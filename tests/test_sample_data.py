@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from console import exit_status
+from console import UserError, exit_status
 from tools import sample_data
 from tools.sample_data import PHOTOGRAPHS, make_sample, photograph_folder, plan, region
 
