@@ -135,8 +135,11 @@ def train_positions(count: int, seed: int, epoch: tf.Tensor, start: tf.Tensor, v
     view = epoch % views if views else epoch
 
     def position(place: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        key = tf.stack([tf.constant(seed, tf.int64), epoch])
-        return tf.random.experimental.index_shuffle(place, key, tf.constant(count - 1, tf.int64)), view
+        # The op of tf.random.experimental.index_shuffle with a whole hash for a key and twice its rounds: that function
+        # repeats its orders after 256 epochs or seeds, and with many examples its neighbouring epochs are alike.
+        key = tf.random.stateless_uniform([3], tf.stack([tf.constant(seed, tf.int64), epoch]), None, None, tf.uint32)
+        last = tf.constant(count - 1, tf.int64)
+        return tf.raw_ops.RandomIndexShuffle(index=place, seed=key, max_index=last, rounds=8), view
 
     return tf.data.Dataset.range(start, count).map(position)
 

@@ -160,14 +160,18 @@ def cached_loads(
     source = {split: data.image_loader(examples[split], spec, features.VIEW_SEED) for split in examples}
     source_stage = "conv1"
     stages = {phase.input_stage: phase.views for phase in phases if phase.views}
-    for stage in sorted(stages, key=model.stages.index):
-        caches = {}
-        for split, of in examples.items():
-            views = list(range(stages[stage])) if split == "train" else [data.CENTRAL_VIEW]
-            caches[split] = features.Cache(model, stage, of, spec, views, cache_dir)
-        missing = sum(cache.missing_rows() for cache in caches.values())
+    in_order = sorted(stages, key=model.stages.index)
+
+    def cache(stage: str, split: str) -> features.Cache:
+        views = list(range(stages[stage])) if split == "train" else [data.CENTRAL_VIEW]
+        return features.Cache(model, stage, examples[split], spec, views, cache_dir)
+
+    caches = {stage: {split: cache(stage, split) for split in examples} for stage in in_order}
+    features.check_disk([cache for of_stage in caches.values() for cache in of_stage.values()], cache_dir)
+    for stage in in_order:
+        missing = sum(cache.missing_rows() for cache in caches[stage].values())
         if missing:
-            size = sum(cache.missing_bytes() for cache in caches.values()) / 1e6
+            size = sum(cache.missing_bytes() for cache in caches[stage].values()) / 1e6
             print(f"caching    {missing} activations that enter {stage} in {cache_dir}/: {size:.0f} MB", flush=True)
             with progress_bar(missing, 0, f"caching {stage}") as bar:
 
@@ -175,9 +179,9 @@ def cached_loads(
                     bar.update(rows)
                     stop.check()
 
-                for split, cache in caches.items():
-                    cache.fill(source[split], source_stage, each)
-        loads[stage] = source = {split: cache.loader() for split, cache in caches.items()}
+                for split in examples:
+                    caches[stage][split].fill(source[split], source_stage, each)
+        loads[stage] = source = {split: caches[stage][split].loader() for split in examples}
         source_stage = stage
     return loads
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Cache:
         self.dtype = np.dtype(ml_dtypes.bfloat16 if model.compute_dtype == tf.bfloat16 else np.float16)
         self._description = {
             "network": model.network,
-            "stage": stage,
+            "after": model.stages[model.stages.index(stage) - 1],  # so that heads share it
             "shape": list(self.shape),
             "dtype": self.dtype.name,
             "preprocessing": asdict(spec),
@@ -71,25 +71,19 @@ class Cache:
         return len(self.examples) * sum(not self._file(view).is_file() for view in self.views)
 
     def missing_bytes(self) -> int:
-        """What they take on disk."""
-        return self.missing_rows() * self._row_bytes
+        """What they take on disk, beyond what an interrupted computation left there."""
+        partial = sum(self._partial(view).stat().st_size for view in self.views if self._partial(view).is_file())
+        return max(0, self.missing_rows() * self._row_bytes - partial)
 
-    def check_disk(self) -> None:
-        """Raises UserError where the missing rows would not leave `DISK_RESERVE` free."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        needed, free = self.missing_bytes(), shutil.disk_usage(self.folder).free
-        if needed and needed + DISK_RESERVE > free:
-            raise UserError(
-                f"{self.folder.parent}: caching {self.stage}'s input takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} "
-                "GB are free: take fewer --cached-views (0: none) or another --cache-dir"
-            )
+    def _partial(self, view: int) -> Path:
+        return self._file(view).with_suffix(".partial")
 
     def fill(self, source: data.Load, source_stage: str, each: Callable[[int], None]) -> None:
         """Computes what is missing from `source`, which loads what enters `source_stage`.
 
         `each` is called with the number of rows after every batch; it may raise to stop. Rows so far are kept.
         """
-        self.check_disk()
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "cache.json", self._description)
         last = self.model.stages[self.model.stages.index(self.stage) - 1]
         spec = tf.TensorSpec([None, *self.model.input_shape(source_stage)], tf.float32)
@@ -103,7 +97,7 @@ class Cache:
     def _fill_view(
         self, view: int, source: data.Load, forward: Callable[[tf.Tensor], tf.Tensor], each: Callable[[int], None]
     ) -> None:
-        partial = self._file(view).with_suffix(".partial")
+        partial = self._partial(view)
         with open(partial, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # another run that computes the same rows: wait for it
             if self._file(view).is_file():
@@ -139,6 +133,17 @@ class Cache:
             return positions.batch(batch_size).map(load_batch, num_parallel_calls=2)
 
         return load
+
+
+def check_disk(caches: Iterable[Cache], root: str) -> None:
+    """Raises UserError where the missing rows of all caches together would not leave `DISK_RESERVE` free."""
+    Path(root).mkdir(parents=True, exist_ok=True)
+    needed, free = sum(cache.missing_bytes() for cache in caches), shutil.disk_usage(root).free
+    if needed and needed + DISK_RESERVE > free:
+        raise UserError(
+            f"{root}: the cached activations take {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free: "
+            "take fewer --cached-views (0: none) or another --cache-dir"
+        )
 
 
 def _hash_files(examples: Examples) -> str:

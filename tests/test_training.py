@@ -193,11 +193,8 @@ def test_training_from_a_stage_leaves_all_below_bit_unchanged_and_without_moment
     assert set(trainer.momenta) == set(trained)
     for name, value in values(network).items():
         assert np.array_equal(value, start[name]) == (name not in trained), name
-    expected = {*start, *(f"{name}/Momentum" for name in trained), "global_step", "sums"}
-    assert expected <= set(trainer.state())
-    assert {f"{name}/Momentum" for name in start} - expected == {
-        name for name in (f"{n}/Momentum" for n in start) if name not in trainer.state()
-    }
+    kept = {name.removesuffix("/Momentum") for name in trainer.state() if name.endswith("/Momentum")}
+    assert kept == set(trained)
 
 
 def test_gradients_of_a_later_stage_do_not_depend_on_what_else_is_trained() -> None:
@@ -453,14 +450,11 @@ def test_after_a_step_that_is_not_finite_nothing_changes_any_more(bad: float, cl
 
 
 def test_an_infinite_gradient_behind_a_finite_loss_is_found_too() -> None:
-    """Of several parts, and with nothing but the penalty wrong: the loss alone would not show it."""
+    """A weight that no image excites, and a penalty that overflows."""
     network = build()
     network.variables_by_name["tiny/conv5/conv5_1/weights"][0, 0, 0, 0].assign(3e38)
-    trainer = make_trainer(network, Optimisation(weight_decay=100.0), Phase("conv5", "conv5", "gap", 0, 0, 9))
-    x, labels = head_batch()
+    labels = head_batch()[1]
     start = values(network)
-    with pytest.raises(ValueError, match="None"):  # conv5 has no gradient where its output is the input
-        run_steps(trainer, [(x, labels)])
     trainer = make_trainer(network, Optimisation(weight_decay=100.0), Phase("conv5", "conv5", "conv5", 0, 0, 9))
     run_steps(trainer, [(np.zeros((6, 2, 2, 8), np.float32), labels)])
     assert int(trainer.bad_step.numpy()) == 0
