@@ -275,9 +275,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_computed(
     needed = cache.missing_bytes()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=DISK_RESERVE + needed - 1))
     root = str(tmp_path / "cache")
-    with pytest.raises(
-        UserError, match=r"cache: the cached activations take .* GB are free: take fewer"
-    ):
+    with pytest.raises(UserError, match=r"cache: the cached activations take .* GB are free: take fewer"):
         check_disk([cache], root)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=DISK_RESERVE + needed))
     check_disk([cache], root)

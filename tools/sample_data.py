@@ -17,8 +17,8 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
-from skimage.util import img_as_ubyte
 from skimage.transform import resize
+from skimage.util import img_as_ubyte
 from tqdm import tqdm
 
 from console import ArgumentParser, UserError, run_script
