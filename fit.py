@@ -107,6 +107,10 @@ class Fit:
 
     def open_logs(self) -> None:
         """Drops what a killed process logged after its checkpoint, and starts event files that hold the rest."""
+        lost = self.progress.log_lines - len(self.run.read_lines("metrics.jsonl"))
+        if lost > 0:  # by something else than a kill, which leaves what was written before the checkpoint
+            print(f"warning: metrics.jsonl has lost {lost} lines", flush=True)
+            self.progress.log_lines -= lost
         for log in ("metrics.jsonl", "timing.jsonl"):
             self.run.keep_lines(log, self.progress.log_lines)
         timing = self.run.read_lines("timing.jsonl")

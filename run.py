@@ -84,12 +84,14 @@ class Run:
     # -- files -------------------------------------------------------------------------------------------------------
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a JSON-lines file; a half-written last line, left by a kill, does not count."""
+        """The records of a JSON-lines file up to the first damaged line, such as a half-written last one."""
         file = self.path / name
-        if not file.is_file():
-            return []
-        text = file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n")[:-1]]
+        records: list[dict[str, Any]] = []
+        if file.is_file():
+            with contextlib.suppress(ValueError):
+                for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+                    records.append(json.loads(line))  # noqa: PERF401
+        return records
 
     def append_line(self, name: str, record: Mapping[str, Any]) -> None:
         with open(self.path / name, "a", encoding="utf-8") as file:
@@ -109,7 +111,7 @@ class Run:
         """
         folder = self.path / kind
         folder.mkdir(exist_ok=True)
-        for leftover in folder.glob("*tempstate*"):
+        for leftover in (*folder.glob("*tempstate*"), *folder.glob(".tmp-*")):
             leftover.unlink()
         older = _prefixes(folder)
         serial = 1 + (_serial(older[-1]) if older else 0)
@@ -128,6 +130,9 @@ class Run:
                 f"{prefix}: the checkpoint can't be written ({one_line(error.message)[:200]}); is the disk full? "
                 "Earlier checkpoints are intact: free some space and run the same command again"
             ) from None
+        for part in folder.glob(f"{prefix.name}.*"):
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())  # before an older checkpoint goes
         kept = [*older, prefix][-keep:]
         names = [file.name for file in kept]
         pointer = [f'model_checkpoint_path: "{names[-1]}"', *(f'all_model_checkpoint_paths: "{n}"' for n in names)]

@@ -218,8 +218,8 @@ def disturb(victim: Victim, mode: str, target: int, startup: float, rng: random.
 
 def modes(kills: int, cached: bool, rng: random.Random) -> list[str]:
     """How each of the `kills` is aimed: at certain work, or at any moment; and where the other signals come between."""
-    kinds = ["anywhere", "checkpoint", "validation", "start"]
-    chosen = [*kinds[1:3], *rng.choices(kinds, weights=[5, 3, 3, 1], k=kills)][: kills - (kills >= 10)]
+    kinds = ["checkpoint", "training", "validation", "start", "anywhere"]
+    chosen = [*kinds, *rng.choices(kinds, weights=[3, 4, 2, 1, 3], k=kills)][: kills - (kills >= 10)]
     rng.shuffle(chosen)
     if cached:
         caching = max(1, kills // 6)

@@ -355,6 +355,16 @@ def test_damaged_run_goes_on_from_the_checkpoint_before(runs, tmp_path, capfd):
     assert "going on from the checkpoint before it" in capfd.readouterr().out
 
 
+def test_damaged_metric_log_is_said(runs, tmp_path, capfd):
+    run = runs.copy(tmp_path)
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:-2]) + b"\0\0\n" + lines[-1])
+    assert start(runs.images, run) == 0
+    assert "warning: metrics.jsonl has lost 2 lines" in capfd.readouterr().out
+    steps = [line["step"] for line in Run(run).read_lines("metrics.jsonl") if line["split"] == "train"]
+    assert steps == [*range(1, STOPPED_AT - 1), *range(STOPPED_AT + 1, EPOCHS * EPOCH_STEPS + 1)]
+
+
 def test_no_intact_checkpoint(runs, tmp_path, capfd):
     run = runs.copy(tmp_path)
     for file in (run / "latest").glob("*.data-*"):
