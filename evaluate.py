@@ -14,7 +14,7 @@ def main() -> int:
     parser.add_argument(
         "--data", help="another data set with the same class names; default: what the run was trained on"
     )
-    parser.add_argument("--split", default="val", help="train, val or test (default: val)")
+    parser.add_argument("--split", default="val", help="train, val, test or all of them (default: val)")
     arguments = parser.parse_args()
     run = Run(arguments.run) if arguments.run else newest_run()
     results = evaluate(run, arguments.data, arguments.split)

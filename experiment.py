@@ -198,16 +198,19 @@ def evaluate(run: Run, data_path: str | None, split: str) -> dict[str, Any]:
     settings = Settings.from_dict(config["settings"])
     model = run.load_model()
     found = plan.find_images(settings, data_path or config["data"]["path"])
-    if split not in found.splits:
-        raise UserError(f"--split {split}: {found.root} has the splits {', '.join(found.splits)}")
-    examples = found.splits[split]
-    if data_path is None:
-        examples = plan.usable_examples(settings, found, config["excluded"])[split]
+    splits = found.splits if data_path else plan.usable_examples(settings, found, config["excluded"])
+    if split not in (*splits, "all"):
+        raise UserError(f"--split {split}: {found.root} has the splits {', '.join(splits)}, all")
+    chosen = list(splits.values()) if split == "all" else [splits[split]]
+    paths = tuple(path for examples in chosen for path in examples.paths)
+    labels = np.concatenate([examples.labels for examples in chosen])
+    if not paths:
+        raise UserError(f"--split {split}: {found.root} has no image in it")
     names = config["class_names"]
     if unknown := sorted(set(found.class_names) - set(names)):
         raise UserError(f"{found.root}: the run has no class {', '.join(unknown)}; its classes are {', '.join(names)}")
     position = np.array([names.index(name) for name in found.class_names])
-    examples = layouts.Examples(examples.paths, position[examples.labels])
+    examples = layouts.Examples(paths, position[labels])
     load = data.image_loader(examples, run.preprocessing(), settings.seed)
     with readable_failures():
         return _write_results(run, model, examples, found.root, split, load, "conv1")
@@ -240,5 +243,6 @@ def _write_results(
         examples.labels,
         metrics.softmax(logits),
         [os.path.relpath(path, root) for path in examples.paths],
+        {"data": root},
         read_image=lambda name: images.read_image(os.path.join(root, name)),
     )
