@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ TINY = [
 ]
 
 
-def call(module, *arguments: object) -> int:
+def call(module: ModuleType, *arguments: object) -> int:
     """Runs a script's `main` in this process, as its last line does, and returns the exit status."""
     old, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, arguments)]
     try:
@@ -286,7 +287,7 @@ def test_mistakes_of_the_other_commands(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jpg").write_text("x")
-    cases = [
+    cases: list[tuple[ModuleType, list[object], str]] = [
         (inference, ["bad.jpg"], "train.py"),
         (evaluate, [], "train.py"),
         (inference, ["bad.jpg", "--run", "empty"], "empty"),

@@ -24,8 +24,10 @@ import tensorflow as tf
 from PIL import Image
 
 import data
-import experiment
+import features
 import fit
+import layouts
+import report
 import train
 from console import UserError, exit_status
 from experiment import readable_failures
@@ -180,7 +182,7 @@ def test_sigterm_while_the_results_are_computed(runs, tmp_path, monkeypatch):
 def test_kill_between_two_result_files(runs, tmp_path, monkeypatch):
     run = runs.copy(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.report, "draw_worst", lambda *_: sys.exit(9))
+        patch.setattr(report, "draw_worst", lambda *_: sys.exit(9))
         with pytest.raises(SystemExit):
             start(runs.images, run)
     assert (run / "results-val.json").exists()
@@ -277,14 +279,14 @@ def test_interrupted_feature_caches_are_whole(runs, tmp_path, monkeypatch, capfd
     with file_limit(100_000):
         assert start(runs.images, tmp_path / "run-full", *CACHED, full) == 2
     assert "no space left" in last_line(capfd.readouterr().err)
-    fill = experiment.features.Cache.fill
+    fill = features.Cache.fill
 
     def interrupted(self, source, source_stage, each):
         send(signal.SIGINT)
         fill(self, source, source_stage, each)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.features.Cache, "fill", interrupted)
+        patch.setattr(features.Cache, "fill", interrupted)
         assert start(runs.images, tmp_path / "run-stopped", *CACHED, stopped) == 128 + signal.SIGINT
     assert list(full.rglob("*.partial"))
     assert list(stopped.rglob("*.partial"))
@@ -385,7 +387,9 @@ def test_checkpoint_replaced_while_it_is_read(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tf.train, "load_checkpoint", replaced_meanwhile)
     loaded = run.load("best")
-    assert loaded == ({"x": 7}, [])
+    assert loaded is not None
+    assert loaded[0]["x"] == 7
+    assert loaded[1] == []
 
 
 # -- numbers and images ----------------------------------------------------------------------------------------------
@@ -401,12 +405,14 @@ def test_loss_that_is_not_finite(runs, tmp_path, monkeypatch, capfd):
     files = [paths[i] for i in data.indices_of_step(len(paths), kill_run.BATCH_SIZE, 0, bad - 1)]
     assert f"not finite at step {bad}, learning rate 2.97e-05" in line
     assert line.endswith(", ".join(files))
-    assert all(np.isfinite(a).all() for a in Run(run).load("latest")[0].values() if a.dtype == np.float32)
+    saved = Run(run).load("latest")
+    assert saved is not None
+    assert all(np.isfinite(a).all() for a in saved[0].values() if a.dtype == np.float32)
     runs.goes_on(run)
 
 
-def data_paths(images: Path, split: str) -> list[str]:
-    return experiment.layouts.find_images(str(images)).splits[split].paths
+def data_paths(images: Path, split: str) -> tuple[str, ...]:
+    return layouts.find_images(str(images)).splits[split].paths
 
 
 def test_learning_rate_that_diverges(runs, tmp_path, capfd):
