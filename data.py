@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-import images
-from layouts import Examples
+from dataset import images
+from dataset.layouts import Examples
 
 MEAN_RGB = (123.68, 116.78, 103.94)  # of ImageNet's training images; what TF-Slim's VGG checkpoints were trained with
 AUGMENTATIONS = ("flip", "rotate", "shear", "zoom", "color")

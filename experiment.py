@@ -13,15 +13,14 @@ from tqdm import tqdm
 
 import data
 import features
-import images
-import layouts
-import metrics
 import plan
 import pretrained
-import report
 from console import StopSignals, UserError, one_line
+from dataset import images, layouts
 from fit import Fit, progress_bar
 from model import VGG
+from reports import metrics
+from reports.results import write_results
 from run import Run
 from settings import Settings
 from training import Phase, compiled_forward, predict
@@ -236,7 +235,7 @@ def _write_results(
                 stop.check()
 
         logits = predict(compiled_forward(model, input_stage), batches, each)
-    return report.write_results(
+    return write_results(
         run.path,
         split,
         run.config()["class_names"],

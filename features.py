@@ -20,8 +20,8 @@ import tensorflow as tf
 
 import data
 from console import UserError
+from dataset.layouts import Examples
 from files import write_json
-from layouts import Examples
 from model import VGG
 
 BATCH_SIZE = 32

@@ -14,11 +14,11 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import data
-import metrics
 from console import Stopped, StopSignals, UserError, one_line
-from events import EventWriter
-from layouts import Examples
-from pictures import draw_curves
+from dataset.layouts import Examples
+from reports import metrics
+from reports.events import EventWriter
+from reports.pictures import draw_curves
 from run import Run
 from training import Phase, Trainer, compiled_forward, predict
 

@@ -17,10 +17,10 @@ import numpy as np
 import tensorflow as tf
 
 import data
-import images
-import metrics
+from dataset import images
+from dataset.layouts import is_image_name
 from files import write_text
-from layouts import is_image_name
+from reports import metrics
 from run import Run, newest_run
 from training import compiled_forward
 

@@ -13,10 +13,9 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import data
-import images
-import layouts
 import pretrained
 from console import UserError, one_line
+from dataset import images, layouts
 from model import VGG, compute_dtype
 from settings import Settings, flag_name
 from training import Optimisation, Phase, Trainer

@@ -1,6 +1,7 @@
 """What the tests share: a quiet TensorFlow, the real images, and the scripts run as a user runs them."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +19,12 @@ RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes a warning that one of the project's own modules causes an error."""
+    """Makes a warning that one of the project's own modules causes an error, and Ctrl-C work under nohup and `&`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     for module in ROOT.glob("*.py"):
         config.addinivalue_line("filterwarnings", rf"error:::{module.stem}$")
+    for package in ("dataset", "reports", "tools"):
+        config.addinivalue_line("filterwarnings", rf"error:::{package}\..*")
 
 
 @pytest.fixture(scope="session")

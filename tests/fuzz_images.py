@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from images import ImageError, decode_image
+from dataset.images import ImageError, decode_image
 
 LIMIT_SECONDS = 1.0
 KILL_SECONDS = 20.0  # a worker that is still busy then is stuck for good

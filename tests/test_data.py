@@ -16,9 +16,9 @@ import tensorflow as tf
 from PIL import Image
 
 import data
-import images
 from data import CENTRAL_VIEW, MEAN_RGB, Preprocessing, preprocess
-from layouts import Examples
+from dataset import images
+from dataset.layouts import Examples
 
 COUNT, BATCH, SEED = 11, 4, 5  # three steps an epoch, the last one short
 

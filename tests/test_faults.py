@@ -26,11 +26,11 @@ from PIL import Image
 import data
 import features
 import fit
-import layouts
-import report
 import train
 from console import UserError, exit_status
+from dataset import layouts
 from experiment import readable_failures
+from reports import results
 from run import Run
 from tests import kill_run
 
@@ -182,7 +182,7 @@ def test_sigterm_while_the_results_are_computed(runs, tmp_path, monkeypatch):
 def test_kill_between_two_result_files(runs, tmp_path, monkeypatch):
     run = runs.copy(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(report, "draw_worst", lambda *_: sys.exit(9))
+        patch.setattr(results, "draw_worst", lambda *_: sys.exit(9))
         with pytest.raises(SystemExit):
             start(runs.images, run)
     assert (run / "results-val.json").exists()
@@ -220,7 +220,10 @@ def test_interrupted_before_training():
     process = subprocess.Popen(
         [sys.executable, kill_run.ROOT / "train.py", "."], stderr=subprocess.PIPE, text=True, env=environment
     )
-    time.sleep(1.0)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "tensorflow" not in maps.read_text(encoding="utf-8"):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == "\ninterrupted\n"
     assert process.returncode == -signal.SIGINT

@@ -18,8 +18,8 @@ import tifffile
 from PIL import Image
 from skimage.transform import rotate
 
-import images
-from images import ImageError, decode_image, find_fault, find_faults, image_format, read_image
+from dataset import images
+from dataset.images import ImageError, decode_image, find_fault, find_faults, image_format, read_image
 from tests.fuzz_images import OUTCOMES, make_seeds, run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -568,7 +568,7 @@ def test_odd_files() -> None:
 
 HAMMER = """
 import pathlib, sys, threading, warnings
-from images import ImageError, decode_image
+from dataset.images import ImageError, decode_image
 files = [pathlib.Path(path).read_bytes() for path in sys.argv[1:]]
 def work():
     for _ in range(40):

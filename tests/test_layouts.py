@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import layouts
 from console import UserError
-from layouts import Examples, LabelledImages, cut_by_hash, find_images, read_food101_lists, take_per_class
+from dataset import layouts
+from dataset.layouts import Examples, LabelledImages, cut_by_hash, find_images, read_food101_lists, take_per_class
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

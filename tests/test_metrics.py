@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-import metrics
+from reports import metrics
 
 
 def random_case(seed):

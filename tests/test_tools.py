@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import layouts
 from console import UserError, exit_status
+from dataset import layouts
 from tools import check_data, compare, explore_data, explore_pictures, split_data
 
 ODD_NAMES = ["a b", 'q"uo,te', "new\nline", "car\rriage", "größe", "-flag", "{0}", "$x$", os.fsdecode(b"raw\xff")]

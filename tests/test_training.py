@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import model as model_module
 import plan
-from layouts import Examples
+from dataset.layouts import Examples
 from model import VGG
 from settings import Settings
 from training import (

@@ -17,7 +17,7 @@ import numpy as np
 import data
 import plan
 from experiment import cached_loads, readable_failures
-from report import table
+from reports.tables import table
 from settings import Settings, add_flags
 from training import Phase, Trainer
 

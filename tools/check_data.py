@@ -18,10 +18,9 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-import images
-import layouts
 from console import ArgumentParser, UserError, run_script
-from report import printable, table
+from dataset import images, layouts
+from reports.tables import printable, table
 from tools.data_flags import add_data_flags, find_images
 
 EXTENSIONS = {

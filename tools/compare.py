@@ -18,7 +18,7 @@ from typing import Any
 
 from console import ArgumentParser, UserError, run_script
 from files import write_text
-from report import markdown_table, table
+from reports.tables import markdown_table, table
 from tools.run_summary import BEST, SCORES, RunSummary, read_run
 
 

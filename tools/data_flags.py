@@ -2,7 +2,7 @@
 
 import argparse
 
-import layouts
+from dataset import layouts
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -21,10 +21,10 @@ import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
-import images
-import layouts
 from data import AUGMENTATIONS, MEAN_RGB, Preprocessing, preprocess
-from report import image_grid, printable
+from dataset import images, layouts
+from reports.pictures import image_grid
+from reports.tables import printable
 from tools.data_flags import add_data_flags, find_images
 from tools.explore_page import write_page
 from tools.explore_pictures import draw_counts, draw_densities, draw_sizes

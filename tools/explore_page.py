@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from data import Preprocessing
+from dataset.layouts import LabelledImages
 from files import write_text
-from layouts import LabelledImages
-from report import printable
+from reports.tables import printable
 
 FAULTS_SHOWN = 20
 STYLE = """

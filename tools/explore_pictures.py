@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from pictures import BLUE, DPI, GREEN, ORANGE, fit_text, picture_names, save_figure, text_style
+from reports.pictures import BLUE, DPI, GREEN, ORANGE, fit_text, picture_names, save_figure, text_style
 
 # Okabe and Ito 2008, which colour-blind readers can tell apart; line styles tell them apart in black and white.
 SPLIT_STYLES = {"train": (BLUE, "o"), "val": (ORANGE, "^"), "test": (GREEN, "s")}

@@ -23,7 +23,7 @@ from console import ArgumentParser, StopSignals
 from experiment import cached_loads, readable_failures
 from files import write_csv
 from fit import progress_bar
-from pictures import BLUE, ORANGE, save_figure
+from reports.pictures import BLUE, ORANGE, save_figure
 from settings import Settings, add_flags
 from training import Phase, Trainer
 

@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
-import layouts
-import metrics
 import plan
+from dataset import layouts
 from experiment import cached_loads, readable_failures
 from files import write_csv
-from pictures import BLUE, save_figure
-from report import table
+from reports import metrics
+from reports.pictures import BLUE, save_figure
+from reports.tables import table
 from settings import Settings, add_flags
 from training import Phase, compiled_forward, predict
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-import layouts
 from console import ArgumentParser, UserError, run_script
+from dataset import layouts
 from files import replace_file
-from report import table
+from reports.tables import table
 from tools.data_flags import add_image_root
 
 Splits = dict[str, np.ndarray]  # split -> indices of examples, sorted

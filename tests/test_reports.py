@@ -11,9 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import files
-import metrics
-import pictures
-import report
+from reports import metrics, pictures, tables
+from reports.results import draw_worst, results_text, worst_examples, write_results
 
 pytestmark = pytest.mark.filterwarnings("error")  # a missing glyph is a warning in matplotlib
 ODD_NAMES = ["$x_1$ and $", "日本語", "a\tb\nc", "\udcff.d", "🙂", "x" * 300, "عربى", ""]
@@ -88,7 +87,7 @@ def test_write_results_numbers(tmp_path):
     names = ["a, b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
     classes = ["cat", "dog", "eel"]
     folder, extra = tmp_path / "new", {"step": 7, "best": np.float32("nan")}
-    results = report.write_results(folder, "val", classes, labels, probabilities, names, extra, read_image)
+    results = write_results(folder, "val", classes, labels, probabilities, names, extra, read_image)
     assert sorted(os.listdir(folder)) == [
         "confusion-val-normalised.png", "confusion-val.csv", "confusion-val.png", "predictions-val.csv",
         "results-val.json", "results-val.txt", "worst-val.png",
@@ -124,7 +123,7 @@ def test_text_of_many_classes_numbers_its_columns():
     labels, probabilities, _ = example(30, 1)
     confusion = metrics.confusion_matrix(labels, probabilities.argmax(axis=1), 30)
     names = [f"class_{i}" for i in range(30)]
-    lines = report.results_text(confusion, names, metrics.scores(confusion, probabilities, labels, names)).splitlines()
+    lines = results_text(confusion, names, metrics.scores(confusion, probabilities, labels, names)).splitlines()
     assert "numbered as the rows are" in lines[0]
     assert lines[2].split() == [str(i) for i in range(30)]
     assert [int(cell) for cell in lines[4 + 12].split()[2:]] == confusion[12].tolist()
@@ -134,7 +133,7 @@ def test_text_of_many_classes_numbers_its_columns():
 def test_odd_names_go_through(tmp_path):
     labels, probabilities, names = example(len(ODD_NAMES), 2)
     names[0] = "folder/\udcff$\n.jpg"
-    report.write_results(tmp_path, "val", ODD_NAMES, labels, probabilities, names, {"note": "\udc80"}, read_image)
+    write_results(tmp_path, "val", ODD_NAMES, labels, probabilities, names, {"note": "\udc80"}, read_image)
     for path in tmp_path.iterdir():
         if path.suffix != ".png":
             path.read_bytes().decode("utf-8")
@@ -147,11 +146,11 @@ def test_odd_names_go_through(tmp_path):
 def test_write_results_refuses_what_does_not_fit(tmp_path):
     labels, probabilities, names = example()
     with pytest.raises(ValueError, match="accuracy"):
-        report.write_results(tmp_path, "val", list("abc"), labels, probabilities, names, {"accuracy": 1})
+        write_results(tmp_path, "val", list("abc"), labels, probabilities, names, {"accuracy": 1})
     with pytest.raises(ValueError, match="got 11 for 12"):
-        report.write_results(tmp_path, "val", list("abc"), labels, probabilities, names[1:])
+        write_results(tmp_path, "val", list("abc"), labels, probabilities, names[1:])
     with pytest.raises(ValueError, match="at least one example"):
-        report.write_results(tmp_path, "val", list("abc"), labels[:0], probabilities[:0], [])
+        write_results(tmp_path, "val", list("abc"), labels[:0], probabilities[:0], [])
     assert not list(tmp_path.iterdir())
 
 
@@ -209,9 +208,9 @@ def test_absent_classes_are_grey_and_no_division_by_zero(figures):
 def test_worst_mistakes_come_with_the_most_confident_first(figures):
     labels = np.array([0, 1, 0, 1])
     probabilities = np.array([[0.4, 0.6], [0.9, 0.1], [0.7, 0.3], [0.6, 0.4]])
-    chosen, mistakes = report.worst_examples(labels, probabilities, 2)
+    chosen, mistakes = worst_examples(labels, probabilities, 2)
     assert (chosen.tolist(), mistakes) == ([1, 0], 3)
-    report.draw_worst("unused", "val", ["cat", "dog"], labels, probabilities, list("abcd"), read_image, 2)
+    draw_worst("unused", "val", ["cat", "dog"], labels, probabilities, list("abcd"), read_image, 2)
     assert check_texts(figures[0]) == [
         "val: the 2 most confident of 3 mistakes in 4 examples",
         "true: dog", "predicted: cat", "probability 0.900 (true class 0.100)", "b",
@@ -221,7 +220,7 @@ def test_worst_mistakes_come_with_the_most_confident_first(figures):
 
 def test_without_mistakes_the_least_confident_are_shown(figures):
     labels, probabilities = np.array([0, 1]), np.array([[0.9, 0.1], [0.4, 0.6]])
-    report.draw_worst("unused", "val", ["cat", "dog"], labels, probabilities, ["a", "b"], read_image, 1)
+    draw_worst("unused", "val", ["cat", "dog"], labels, probabilities, ["a", "b"], read_image, 1)
     texts = check_texts(figures[0])
     assert texts[0] == "val: no mistakes in 2 examples; the 1 least confident right answers"
     assert texts[1:] == ["true: dog", "predicted: dog", "probability 0.600", "b"]
@@ -229,18 +228,18 @@ def test_without_mistakes_the_least_confident_are_shown(figures):
 
 def test_image_grid(tmp_path, figures, monkeypatch):
     images = [np.full(shape, 200, np.uint8) for shape in ((50, 100, 3), (300, 10, 3), (1, 1, 3))]
-    report.image_grid("unused", images, ["long " * 40, "two\nlines", ""], 2, "title")
+    pictures.image_grid("unused", images, ["long " * 40, "two\nlines", ""], 2, "title")
     texts = check_texts(figures[0])
     assert "…" in texts[1]
     assert texts[2:] == ["two", "lines"]
     shapes = [axes.images[0].get_array().shape for axes in figures[0].axes]
     assert shapes == [image.shape for image in images]
     monkeypatch.undo()
-    report.image_grid(tmp_path / "grid.png", images, ["", "", ""], 3)
+    pictures.image_grid(tmp_path / "grid.png", images, ["", "", ""], 3)
     width, height = png_size(tmp_path / "grid.png")
     assert 600 < width < 700 and 200 < height < 260  # noqa: PT018
     with pytest.raises(ValueError, match="got 0"):
-        report.image_grid(tmp_path / "none.png", [], [], 3)
+        pictures.image_grid(tmp_path / "none.png", [], [], 3)
 
 
 # Curves
@@ -258,7 +257,7 @@ def records_of(steps, steps_per_epoch=10, change_after=None):
 
 
 def test_curves_show_what_the_records_say(figures):
-    report.draw_curves("unused", records_of(range(5, 101, 5), change_after=30))
+    pictures.draw_curves("unused", records_of(range(5, 101, 5), change_after=30))
     texts = check_texts(figures[0])
     assert {"loss", "accuracy", "learning rate", "epoch", "step", "training", "validation"} <= set(texts)
     assert "$conv5_1$ begins" in texts
@@ -278,7 +277,7 @@ def test_curves_show_what_the_records_say(figures):
 def test_a_resumed_run_repeats_no_point(figures):
     records = records_of(range(5, 61, 5))
     repeated = [{**record, "loss": 7.0} for record in records_of(range(45, 81, 5))]
-    report.draw_curves("unused", records + repeated)
+    pictures.draw_curves("unused", records + repeated)
     training = figures[0].axes[0].lines[0]
     assert training.get_xdata() == pytest.approx(np.arange(0.5, 8.1, 0.5))
     assert training.get_ydata()[8:] == pytest.approx(7)
@@ -286,18 +285,18 @@ def test_a_resumed_run_repeats_no_point(figures):
 
 def test_curves_of_next_to_nothing(tmp_path):
     path = tmp_path / "curves.png"
-    report.draw_curves(path, [])
+    pictures.draw_curves(path, [])
     assert not list(tmp_path.iterdir())
     one = {"step": 0, "epoch": 0.0, "split": "val", "stage": "head", "loss": float("nan"), "accuracy": None}
     for records in ([one], records_of([1]), [{**one, "loss": float("inf")}, *records_of([3], change_after=1)]):
-        report.draw_curves(path, records)
+        pictures.draw_curves(path, records)
         assert png_size(path) == (800, 900)
 
 
 def test_curves_leave_a_gap_for_nan(figures):
     records = records_of([1, 2, 3])
     records[1]["loss"] = float("nan")
-    report.draw_curves("unused", records)
+    pictures.draw_curves("unused", records)
     assert np.isnan(figures[0].axes[0].lines[0].get_ydata()).tolist() == [False, True, False]
 
 
@@ -306,7 +305,7 @@ def test_threads_may_draw(tmp_path):
 
     def draw(i):
         try:
-            report.draw_curves(tmp_path / f"{i}.png", records_of(range(5, 51, 5)))
+            pictures.draw_curves(tmp_path / f"{i}.png", records_of(range(5, 51, 5)))
         except BaseException as error:
             errors.append(error)
 
@@ -324,18 +323,18 @@ def test_threads_may_draw(tmp_path):
 
 def test_table_aligns():
     rows = [["cat", 1, 0.5, None], ["日本", 20, 1e-7, 3], ["a\nb", 3]]
-    assert report.table(rows, ["name", "n", "score", "x"]).split("\n") == [
+    assert tables.table(rows, ["name", "n", "score", "x"]).split("\n") == [
         "name   n   score  x",
         "----  --  ------  -",
         "cat    1  0.5000  -",
         "日本  20   1e-07  3",
         "a\\nb   3",
     ]
-    assert report.table([], ["a", "bc"]) == "a  bc\n-  --"
+    assert tables.table([], ["a", "bc"]) == "a  bc\n-  --"
 
 
 def test_markdown_table():
-    assert report.markdown_table([["a|b", 0.25]], ["run", "accuracy"]).split("\n") == [
+    assert tables.markdown_table([["a|b", 0.25]], ["run", "accuracy"]).split("\n") == [
         "| run | accuracy |", "| --- | ---: |", "| a\\|b | 0.2500 |",
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: confusion matrix, curves, grid of images; the only user of matplotlib, behind `report.py`.
+"""The pictures of a run: confusion matrix, curves, grid of images.
 
 Figures are made and drawn without pyplot, so nothing here depends on a display, a chosen backend or global state, and
 threads may draw at the same time. Every file is written aside and renamed.
