@@ -24,6 +24,10 @@ PIXEL_DEVIATION = 64.0  # about the standard deviation of a photograph's values 
 # Length of the vector that the gap and linear heads classify: the longest at which SGD at learning rate 1e-3 and
 # momentum 0.9 is stable whatever the data: the loss curves by length^2 / 2 at most, and rate * curvature must be < 3.8.
 FEATURE_NORM = 87.0
+# Part of that vector's squared length that is spread evenly over the features. A square root's slope is infinite at 0:
+# this bounds it at 4.5 (1 / sqrt(EVEN_SHARE)) times its value at a feature of mean size, so that channels that are
+# almost dead do not rule the gradient that fine-tuning sends down.
+EVEN_SHARE = 0.05
 
 Dropout = Callable[[tf.Tensor, str], tf.Tensor]
 
@@ -192,7 +196,7 @@ class VGG(tf.Module):
         """
         features = tf.reduce_mean(x, axis=[1, 2]) if stage == "gap" else tf.reshape(x, [-1, math.prod(x.shape[1:])])
         share = features / (tf.reduce_sum(features, axis=1, keepdims=True) + 1e-6)  # [B, features], sums to 1
-        # The square root's slope is infinite at 0: the small constant bounds the gradient that fine-tuning sends down.
-        rooted = FEATURE_NORM * tf.sqrt(share + 1e-6)
+        share = (1.0 - EVEN_SHARE) * share + EVEN_SHARE / features.shape[1]
+        rooted = FEATURE_NORM * tf.sqrt(share)
         weights, biases = self._parameters(stage, tf.float32)
         return tf.nn.bias_add(tf.matmul(rooted, weights), biases)  # [B, classes]

@@ -202,13 +202,11 @@ def test_linear_heads_are_softmax_regression_on_rooted_features_of_fixed_length(
     weights = network.variables_by_name[f"small/{head}/weights"].numpy().astype(np.float64)
     biases = network.variables_by_name[f"small/{head}/biases"].numpy().astype(np.float64)
     features = pool5.mean(axis=(1, 2)) if head == "gap" else pool5.reshape(3, -1)
-    rooted = np.sqrt(features)
-    unit = rooted[:2] / np.linalg.norm(rooted[:2], axis=1, keepdims=True)  # as in shared/data/README.md
     logits = network.forward(tf.constant(pool5.astype(np.float32)), first=head).numpy()
-    # The constant under the root moves a feature by up to its own root, 1e-3, and zeros by all of it.
-    assert relative_error(logits[:2], model.FEATURE_NORM * unit @ weights + biases) < 2e-2
-    smoothed = np.sqrt(features / (features.sum(axis=1, keepdims=True) + 1e-6) + 1e-6)
-    assert relative_error(logits, model.FEATURE_NORM * smoothed @ weights + biases) < 1e-5
+    shares = features / (features.sum(axis=1, keepdims=True) + 1e-6)
+    rooted = np.sqrt(0.95 * shares + 0.05 / shares.shape[1])
+    assert np.linalg.norm(rooted[:2], axis=1) == pytest.approx(1.0)
+    assert relative_error(logits, model.FEATURE_NORM * rooted @ weights + biases) < 1e-5
 
 
 @pytest.mark.parametrize("head", ["gap", "linear"])

@@ -103,7 +103,7 @@ def train_in_tensorflow_1(
             x = tf.nn.max_pool2d(x, 2, 2, "VALID")
         pooled = tf.reduce_mean(x, [1, 2])
         shares = pooled / (tf.reduce_sum(pooled, 1, keepdims=True) + 1e-6)
-        rooted = tf.sqrt(shares + 1e-6) * model_module.FEATURE_NORM
+        rooted = tf.sqrt(0.95 * shares + 0.05 / pooled.shape[1]) * model_module.FEATURE_NORM
         logits = rooted @ variables[f"{layers[-1]}/weights"] + variables[f"{layers[-1]}/biases"]
         loss = v1.losses.sparse_softmax_cross_entropy(labels, logits)
         penalty = tf.add_n([tf.nn.l2_loss(v) for name, v in variables.items() if name.endswith("/weights")])
@@ -333,7 +333,8 @@ def head_batch(count: int = 6) -> tuple[np.ndarray, np.ndarray]:
 def head_gradient(x: np.ndarray, of_logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of weights and biases for the gradient of the loss by the logits, [B, classes]."""
     pooled = x.mean(axis=(1, 2)).astype(np.float64)
-    rooted = np.sqrt(pooled / (pooled.sum(axis=1, keepdims=True) + 1e-6) + 1e-6) * model_module.FEATURE_NORM
+    shares = pooled / (pooled.sum(axis=1, keepdims=True) + 1e-6)
+    rooted = np.sqrt(0.95 * shares + 0.05 / pooled.shape[1]) * model_module.FEATURE_NORM
     return rooted.T @ of_logits, of_logits.sum(axis=0)
 
 
