@@ -26,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from files import replace_file
 
 DPI = 100
+LOG_FROM = 20.0  # losses that differ by such a factor are drawn on a logarithmic scale
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # Okabe and Ito 2008; blue is dark and orange light in grey
 FALLBACK_FONTS = (  # used where installed, for what matplotlib's own DejaVu Sans lacks, which is mainly CJK
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Source Han Sans SC",
@@ -148,7 +149,13 @@ def draw_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]])
     for axes, label in zip(panels, ("loss", "accuracy", "learning rate"), strict=True):
         axes.set_ylabel(label)
         axes.grid(color="0.9")
-    panels[2].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    losses = _column(records, "loss")
+    losses = losses[losses > 0]
+    if losses.size and losses.max() > LOG_FROM * losses.min():
+        panels[0].set_yscale("log", nonpositive="mask")
+        panels[0].grid(color="0.95", which="minor")
+    for axes in (panels[0], panels[2]):
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     panels[2].set_xlabel("epoch")
     _mark_stages(panels, records)
     _add_step_axis(panels[0], records)

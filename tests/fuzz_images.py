@@ -1,5 +1,6 @@
 """Mutates images of every format and feeds them to the reader: `python tests/fuzz_images.py --count 20000 --seed 0`.
 
+With `--inference` they go the whole way of inference.py instead, as files, in batches, through a tiny trained network.
 Every mutation is a pure function of (seed, index); a failing one is printed and replayed with `--replay INDEX`.
 """
 
@@ -11,6 +12,7 @@ import os
 import resource
 import struct
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -263,8 +265,40 @@ def run(count: int, seed: int, workers: int = 2) -> Counter[str]:
     return counts
 
 
+def run_inference(count: int, seed: int, folder: Path) -> tuple[Counter[str], float]:
+    """How many of `count` mutated files were predicted and refused, and the longest time of a batch in seconds."""
+    from console import quiet_tensorflow
+
+    quiet_tensorflow()
+    import experiment
+    import inference
+    from run import Run
+    from settings import Settings
+    from tests import kill_run
+
+    images = kill_run.make_data(folder / "data", {"train": 6, "val": 6})
+    settings = Settings(pretrained="none", network="small", image_size=32, epochs=1, batch_size=6)
+    experiment.train(settings, str(images), Run(folder / "run"), [])
+    files = [folder / f"{index} .jpg" for index in range(count)]
+    seeds = make_seeds()
+    for index, file in enumerate(files):
+        file.write_bytes(mutate(seeds, seed, index))
+    counts: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
+    longest, begin = 0.0, time.monotonic()
+    names = [str(file) for file in files]
+    for number, (name, prediction) in enumerate(inference.predict(Run(folder / "run"), names, top=1)):
+        if number % inference.BATCH_SIZE == 0 and number:  # the first one compiles
+            longest = max(longest, time.monotonic() - begin)
+        begin = time.monotonic()
+        refused = isinstance(prediction, str)
+        sane = name == names[number] and (refused or (len(prediction) == 1 and 0 < float(prediction[0][1]) <= 1))
+        counts[("refused" if refused else "decoded") if sane else "other exception"] += 1
+    return counts, longest
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inference", action="store_true", help="through inference.py's path")
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", type=int, metavar="INDEX", help="try this one in this process, and write it")
@@ -277,7 +311,12 @@ def main() -> int:
         print(*try_one(contents), f"{time.process_time() - begin:.2f} s, peak {peak_bytes() >> 20} MiB")
         return 0
     begin = time.monotonic()
-    counts = run(args.count, args.seed)
+    if args.inference:
+        with tempfile.TemporaryDirectory() as folder:
+            counts, longest = run_inference(args.count, args.seed, Path(folder))
+        print(f"longest batch {longest:.2f} s, peak {peak_bytes() >> 20} MiB")
+    else:
+        counts = run(args.count, args.seed)
     print(f"{args.count} files in {time.monotonic() - begin:.0f} s:", ", ".join(f"{counts[k]} {k}" for k in OUTCOMES))
     return int(any(counts[outcome] for outcome in OUTCOMES[2:]))
 

@@ -20,7 +20,7 @@ from skimage.transform import rotate
 
 from dataset import images
 from dataset.images import ImageError, decode_image, find_fault, find_faults, image_format, read_image
-from tests.fuzz_images import OUTCOMES, make_seeds, run
+from tests.fuzz_images import OUTCOMES, make_seeds, run, run_inference
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 EXTENSIONS = {"jpeg": "JPEG", "png": "PNG", "gif": "GIF", "bmp": "BMP", "webp": "WEBP", "tiff": "TIFF"}
@@ -634,3 +634,9 @@ def test_fuzz() -> None:
     counts = run(400, seed=1)
     assert counts["decoded"] > 20
     assert counts["decoded"] + counts["refused"] == 400, {name: counts[name] for name in OUTCOMES}
+
+
+def test_fuzz_through_inference(tmp_path: Path) -> None:
+    counts, _ = run_inference(150, seed=2, folder=tmp_path)
+    assert counts["decoded"] > 10
+    assert counts["decoded"] + counts["refused"] == 150, {name: counts[name] for name in OUTCOMES}
