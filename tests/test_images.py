@@ -604,7 +604,7 @@ def test_threads_print_nothing(tmp_path: Path) -> None:
         path.write_bytes(contents)
     result = subprocess.run(
         [sys.executable, "-W", "always", "-c", HAMMER, *map(str, paths)],
-        cwd=Path(images.__file__).parent,
+        cwd=Path(images.__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=60,
