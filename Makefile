@@ -25,7 +25,7 @@ DEV := $(VENV)/.stamp-requirements-dev
 
 DEMO_DATA := data/sample
 DEMO_IMAGE := $(DEMO_DATA)/val/cat/cat_000.jpg
-DEMO_FLAGS ?= --epochs 16 --head-epochs 12 --train-from conv5 --cached-views 2
+DEMO_FLAGS ?= --batch-size 16 --epochs 10 --head-epochs 8 --train-from conv5 --cached-views 2
 
 .DEFAULT_GOAL := setup
 .NOTPARALLEL:

@@ -157,7 +157,7 @@ def already_made(out: Path, settings: dict[str, int], pictures: Sequence[Picture
     return True
 
 
-def make_sample(out: Path, train: int = 12, val: int = 6, seed: int = 0) -> bool:
+def make_sample(out: Path, train: int = 10, val: int = 5, seed: int = 0) -> bool:
     """Makes the data set at `out`; False where it was there already, complete and made with the same settings.
 
     Raises:
@@ -201,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and makes the data set."""
     parser = ArgumentParser(prog="python -m tools.sample_data", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make: OUT/train/<class>/, OUT/val/<class>/")
-    parser.add_argument("--train", type=positive, default=12, help="training pictures per class (default %(default)s)")
-    parser.add_argument("--val", type=positive, default=6, help="validation pictures per class (default %(default)s)")
+    parser.add_argument("--train", type=positive, default=10, help="training pictures per class (default %(default)s)")
+    parser.add_argument("--val", type=positive, default=5, help="validation pictures per class (default %(default)s)")
     parser.add_argument("--seed", type=seed_number, default=0, help="draws other crops (default %(default)s)")
     flags = parser.parse_args(argv)
 
