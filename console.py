@@ -17,6 +17,14 @@ class UserError(Exception):
     """Something that the user can mend: the message names the thing and the remedy, in one line."""
 
 
+class Stopped(Exception):
+    """A signal asked the run to stop; `signal_number` says which."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.signal_number = signal_number
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one line."""
 
@@ -33,6 +41,9 @@ def exit_status(main: Callable[[], int | None]) -> int:
     """Runs a script's `main` and returns its exit status: a user's mistake is one line on stderr and status 2."""
     try:
         return main() or 0
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal_number
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
     except OSError as error:
@@ -95,14 +106,6 @@ def _report_exception(kind: type[BaseException], error: BaseException, trace: Tr
         sys.__excepthook__(kind, error, trace)
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; `signal_number` says which."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.signal_number = signal_number
-
-
 class StopSignals:
     """While entered, SIGINT and SIGTERM ask the program to stop at its next `check`; a second one ends it at once.
 
@@ -137,8 +140,8 @@ class StopSignals:
             if number[0] not in self._old_handlers:
                 continue
             if self.received is not None:
-                os.write(2, b"\nstopped at once; the last checkpoint is intact\n")
+                os.write(2, b"\nstopped at once; what is saved so far is intact\n")
                 os._exit(128 + number[0])
             self.received = number[0]
-            os.write(2, b"\nstopping: saving a checkpoint at the next step; a second signal ends at once\n")
+            os.write(2, b"\nstopping at the next step; a second signal ends at once\n")
         os.close(self._read_end)

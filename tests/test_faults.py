@@ -163,7 +163,7 @@ def test_sigint_during_validation(runs, tmp_path, monkeypatch, capfd):
         patch.setattr(fit, "predict", interrupted)
         assert start(runs.images, run) == 128 + signal.SIGINT
     err = capfd.readouterr().err
-    assert err.count("stopping: saving a checkpoint") == 1
+    assert err.count("stopping at the next step") == 1
     assert last_line(err) == f"stopped by SIGINT; go on with the same command and --run {run}"
     assert steps_done(run) == EPOCH_STEPS
     assert [line["split"] for line in Run(run).read_lines("metrics.jsonl")] == ["train"] * EPOCH_STEPS

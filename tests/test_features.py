@@ -339,7 +339,8 @@ def test_training_on_cached_views_equals_training_on_the_same_views_uncached(
         elif name in start:
             moved = np.abs(value - start[name]).max()
             assert (moved > 0) == (name in trainer.model.variables_from(stage)), name
-            print("REL", name, np.abs(cached - value).max() / moved if moved else 0)  # float16, enlarged by ten steps
+            # float16 rounds by 1 / 2048 at most; the bound leaves room for what two epochs of training make of that.
+            assert np.abs(cached - value).max() <= 0.05 * moved, name
 
 
 def test_later_runs_with_another_learning_rate_seed_and_classifier_compute_nothing_again(

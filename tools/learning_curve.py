@@ -52,7 +52,7 @@ def learning_curve(settings: Settings, data_path: str, counts: list[int], seeds:
         loads = cached_loads(network, [phase], splits, spec, settings.cache_dir, stop)[phase.input_stage]
         rows: list[Row] = []
         for count, seed in tqdm([(n, seed) for n in counts for seed in range(seeds)], unit="run", leave=False):
-            chosen = layouts.take_per_class(pool, count, seed)
+            chosen = layouts.take_per_class(train, count, seed)
             run = dataclasses.replace(settings, seed=seed)
             logits = _train_head(run, config, arrays, phase, loads, pool, chosen, val, steps)
             rows.append((count, seed, metrics.accuracy(logits, val.labels), metrics.log_loss(logits, val.labels)))
