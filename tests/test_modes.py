@@ -16,6 +16,7 @@ import plan
 import train
 from console import exit_status
 from dataset import layouts
+from model import VGG
 from run import Run
 from settings import Settings
 from tests.test_commands import TINY, call, scalars
@@ -63,7 +64,7 @@ def test_vgg19_with_its_weights_learns_evaluates_and_predicts(run_script, sample
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """Weights of the small network's convolutions to start from: He's initial values of a seed."""
-    model = plan.VGG("small", "gap", 2, 32, seed=5)
+    model = VGG("small", "gap", 2, 32, seed=5)
     file = tmp_path / "small.npz"
     np.savez(file, **{name: v.numpy() for name, v in model.variables_by_name.items() if "/conv" in name})
     return file
