@@ -4,25 +4,21 @@ Nothing here opens an image. An entry that is named like an image but is a folde
 an example all the same: whoever checks the files reports it, and must be able to name it.
 """
 
-import csv
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from console import UserError
+from dataset.lists import FOOD101_LISTS, SPLIT_OF_NAME, ByClass, collect, read_csv, read_food101_lists, some
 
 IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
-SPLIT_OF_NAME = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-FOOD101_LISTS = {"train": "train.txt", "val": "test.txt"}  # the published test list is what others validate on
 LAYOUTS = (
     "DATA is a folder with one folder of images per class, or with train/ and val/ that hold such folders, "
     "or a Food-101 folder (images/ and meta/), or a CSV file (path,label[,split])"
 )
-ByClass = dict[str, list[str]]  # class name -> names relative to the data folder
-Row = tuple[str, str, str, str]  # where it is listed (for messages), name relative to the data folder, class, split
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +87,11 @@ def find_images(
     root = data if not is_csv else os.path.dirname(data) if image_root is None else os.path.abspath(image_root)
     meta = os.path.join(data, "meta")
     if is_csv:
-        layout, found = "csv", _collect(data, root, _csv_rows(data, root))
+        layout, found = "csv", collect(data, root, read_csv(data, root))
         class_names = sorted(found["train"])
     elif any(os.path.isfile(os.path.join(meta, name)) for name in ("classes.txt", *FOOD101_LISTS.values())):
         layout, (class_names, rows) = "food-101", read_food101_lists(meta)
-        found = _collect(meta, root, rows, class_names)
+        found = collect(meta, root, rows, class_names)
     else:
         split_folders = _find_split_folders(data)
         layout = "split folders" if split_folders else "class folders"
@@ -150,24 +146,6 @@ def take_per_class(examples: Examples, count: int, seed: int) -> Examples:
     return examples.subset(np.sort(np.concatenate(chosen)) if chosen else [])
 
 
-def read_food101_lists(meta: str) -> tuple[list[str], list[Row]]:
-    """Class names in the order of Food-101's `classes.txt`, and the rows of its `train.txt` and `test.txt`."""
-    class_names = [line for _, line in _numbered_lines(os.path.join(meta, "classes.txt"))]
-    for name in class_names:
-        if "/" in name or name in (".", "..") or class_names.count(name) > 1:
-            raise UserError(f"{meta!r}: classes.txt has {name!r} twice or as no plain folder name: mend that line")
-    known = set(class_names)
-    rows = []
-    for split, list_name in FOOD101_LISTS.items():
-        for number, line in _numbered_lines(os.path.join(meta, list_name)):
-            where = f"{os.path.join(meta, list_name)!r} line {number}"
-            class_name, _, image_id = line.partition("/")
-            if class_name not in known or not image_id or "/" in image_id:  # with "/" it could leave its folder
-                raise UserError(f"{where}: {line!r} is not <class>/<id> with a class of classes.txt: mend the line")
-            rows.append((where, f"images/{class_name}/{image_id}.jpg", class_name, split))
-    return class_names, rows
-
-
 def _find_split_folders(root: str) -> dict[str, str]:
     """{split: folder name}, empty unless this is the layout: "train" can be a class of its own, beside "car"."""
     folders = _folders(root)
@@ -176,7 +154,7 @@ def _find_split_folders(root: str) -> dict[str, str]:
     if not named or not (named == folders or any(_folders(os.path.join(root, folder)) for folder in train)):
         return {}
     if not train:
-        raise UserError(f"{root!r} has {_some(named)} but no train folder: give the folder that has train/ in it")
+        raise UserError(f"{root!r} has {some(named)} but no train folder: give the folder that has train/ in it")
     splits: dict[str, str] = {}
     for folder in named:
         first = splits.setdefault(SPLIT_OF_NAME[folder.lower()], folder)
@@ -190,7 +168,7 @@ def _read_split_folders(root: str, folders: dict[str, str]) -> dict[str, ByClass
     train = set(found["train"])
     for split, by_class in found.items():
         sides = ((train - set(by_class), "train"), (set(by_class) - train, split))
-        differ = [f"{_some(sorted(names))} only in {folders[side]}/" for names, side in sides if names]
+        differ = [f"{some(sorted(names))} only in {folders[side]}/" for names, side in sides if names]
         if differ:
             raise UserError(f"{root!r}: class folders differ: {', '.join(differ)}: make both have the same classes")
     return found
@@ -201,9 +179,9 @@ def _read_class_folders(root: str) -> ByClass:
     empty = [name for name in by_class if not by_class[name]]
     if inner := [name for name in empty if _looks_like_data_set(os.path.join(root, name))]:
         paths = [os.path.join(root, name) for name in inner]
-        raise UserError(f"{root!r} has no class folders of its own; it is one level too high: give {_some(paths)}")
+        raise UserError(f"{root!r} has no class folders of its own; it is one level too high: give {some(paths)}")
     if len(empty) == len(by_class):
-        raise UserError(f"unknown layout: no images in the folders of {root!r} ({_some(empty)}): {LAYOUTS}")
+        raise UserError(f"unknown layout: no images in the folders of {root!r} ({some(empty)}): {LAYOUTS}")
     return by_class
 
 
@@ -227,98 +205,14 @@ def _images_by_class(root: str, part: str = "") -> ByClass:
     return {name: [f"{start}{name}/{image}" for image in _images(os.path.join(folder, name))] for name in class_names}
 
 
-def _csv_rows(path: str, root: str) -> Iterator[Row]:
-    line = 1
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = [column.strip().lower() for column in next(reader, [])]
-            for column in ("path", "label"):
-                if column not in header:
-                    raise UserError(
-                        f"{path!r} has no column {column!r} in its first line: "
-                        "give comma-separated UTF-8 text that begins with path,label or path,label,split"
-                    )
-            roots = [os.path.join(folder, "") for folder in (root, os.path.realpath(root))]
-            line = reader.line_num + 1
-            for cells in reader:
-                if cells:
-                    yield _csv_row(cells, header, roots, f"{path!r} line {line}")
-                line = reader.line_num + 1  # where the next row begins: a quoted name may hold line breaks
-    except OSError as error:
-        raise UserError(f"cannot read {path!r} ({error.strerror}): mend its permissions or give another") from error
-    except csv.Error as error:
-        raise UserError(f"{path!r} line {line} is not CSV ({error}): mend the quotes there") from error
-
-
-def _csv_row(cells: list[str], header: list[str], roots: list[str], where: str) -> Row:
-    if any(cells[len(header) :]):
-        raise UserError(f"{where} has more cells than the first line: put names with commas in double quotes")
-    row = dict(zip(header, cells, strict=False))
-    label = row.get("label", "").strip()
-    if not row.get("path") or not label:
-        raise UserError(f"{where} lacks a path or a label: fill it in or remove the row")
-    if any("\udc80" <= character <= "\udcff" for character in label):  # a path may be any bytes, a label is text
-        raise UserError(f"{where}: the label {label!r} is not UTF-8: save the file as UTF-8")
-    split = row.get("split", "").strip().lower() if "split" in header else "train"
-    if split not in SPLIT_OF_NAME:
-        raise UserError(f"{where}: unknown split {split!r}: write one of {', '.join(SPLIT_OF_NAME)}")
-    name = os.path.normpath(row["path"])
-    for folder in roots:
-        name = name.removeprefix(folder)
-    if os.path.isabs(name) or name.split(os.sep)[0] in (".", ".."):
-        raise UserError(f"{where}: {row['path']!r} is no file inside {roots[0]!r}: move it there or set the image root")
-    return where, name, label, SPLIT_OF_NAME[split]
-
-
-def _collect(listed_in: str, root: str, rows: Iterable[Row], class_names: Sequence[str] = ()) -> dict[str, ByClass]:
-    """{split: {class: names}} of listed images, which must be on disk; one listed twice alike counts once."""
-    places: dict[str, tuple[str, str]] = {}
-    for where, name, label, split in rows:
-        was = places.setdefault(name, (label, split))
-        if was != (label, split):
-            listed = f"as {label!r} in {split} and before as {was[0]!r} in {was[1]}"
-            raise UserError(f"{where}: {name!r} is listed {listed}: remove one of the two")
-    if not places:
-        raise UserError(f"{listed_in!r} lists no images: give a line for each image")
-    _check_present(root, list(places), listed_in)
-    class_names = class_names or sorted({label for label, _ in places.values()})
-    splits = ["train", *(split for _, split in places.values())]
-    found: dict[str, ByClass] = {split: {name: [] for name in class_names} for split in dict.fromkeys(splits)}
-    for name, (label, split) in places.items():
-        found[split][label].append(name)
-    return found
-
-
 def _check_classes(data: str, class_names: list[str], found: dict[str, ByClass]) -> None:
     if empty := [name for name in class_names if not found["train"][name]]:
-        raise UserError(f"{data!r}: no images in train of class {_some(empty)}: add some or remove the class")
+        raise UserError(f"{data!r}: no images in train of class {some(empty)}: add some or remove the class")
     if len(class_names) < 2:
-        raise UserError(f"{data!r} has only one class, {_some(class_names)}: give images of at least two")
+        raise UserError(f"{data!r} has only one class, {some(class_names)}: give images of at least two")
     for split, by_class in found.items():
         if not any(by_class.values()):
             raise UserError(f"{data!r}: the {split} split has no images: add some or remove the split")
-
-
-def _check_present(root: str, names: list[str], listed_in: str) -> None:
-    """Raises for names that are not on disk; looks once into each folder, which is quicker than once for each file."""
-    present: dict[str, set[str]] = {}
-    missing = []
-    for name in names:
-        folder, base = os.path.split(name)
-        if folder not in present:
-            try:
-                present[folder] = set(os.listdir(os.path.join(root, folder)))
-            except (OSError, ValueError):  # no such folder, or a NUL in its name
-                present[folder] = set()
-        # The second look is for file systems that take other spellings of a name (upper case, composed accents).
-        if base not in present[folder] and not os.path.lexists(os.path.join(root, name)):
-            missing.append(name)
-    if missing:
-        raise UserError(
-            f"{listed_in!r} lists {len(missing)} of {len(names)} files that are not in {root!r}, first {missing[0]!r}: "
-            "add them or remove their lines"
-        )
 
 
 def _examples(root: str, class_names: Sequence[str], by_class: ByClass) -> Examples:
@@ -355,16 +249,6 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
-def _numbered_lines(path: str) -> list[tuple[int, str]]:
-    """(line number, line) of the lines that are not blank."""
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = file.read().split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read {path!r} ({error.strerror}): Food-101 needs this list") from error
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
 def _uniform(name: str) -> float:
     """A number in [0, 1) that depends on the name alone, of 53 bits, as many as a float64 holds exactly."""
     return (int.from_bytes(hashlib.blake2b(_bytes(name), digest_size=8).digest(), "big") >> 11) / 2**53
@@ -372,8 +256,3 @@ def _uniform(name: str) -> float:
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")  # the same bytes whatever the locale, unlike os.fsencode
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

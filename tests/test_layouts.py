@@ -14,7 +14,8 @@ import pytest
 
 from console import UserError
 from dataset import layouts
-from dataset.layouts import Examples, LabelledImages, cut_by_hash, find_images, read_food101_lists, take_per_class
+from dataset.layouts import Examples, LabelledImages, cut_by_hash, find_images, take_per_class
+from dataset.lists import read_food101_lists
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
