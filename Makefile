@@ -82,7 +82,7 @@ demo: setup
 	@echo "The run is in checkpoints/demo. Its curves: $(VENV)/bin/tensorboard --logdir checkpoints/"
 
 test: setup $(DEV)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 check: $(DEV)
 	$(PY) -m ruff check
