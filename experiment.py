@@ -171,7 +171,7 @@ def cached_loads(
         missing = sum(cache.missing_rows() for cache in caches[stage].values())
         if missing:
             size = sum(cache.missing_bytes() for cache in caches[stage].values()) / 1e6
-            print(f"caching    {missing} activations that enter {stage} in {cache_dir}/: {size:.0f} MB", flush=True)
+            print(f"caching    {missing} activations that enter {stage} in {cache_dir}/: {size:.1f} MB", flush=True)
             with progress_bar(missing, 0, f"caching {stage}") as bar:
 
                 def each(rows: int, bar: tqdm = bar) -> None:
