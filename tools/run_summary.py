@@ -100,7 +100,7 @@ def read_run(path: Path, name: str) -> RunSummary:
     results = read_object(path / "results-val.json", run.notes)
     val = [record for record in records if record.get("split") == "val" and number(record, "accuracy") is not None]
     # The log is what training saw; the results may be of another data set, scored later.
-    best = max(val, key=lambda record: (record["accuracy"], -(number(record, "loss") or math.inf))) if val else {}
+    best = max(val, key=rank) if val else {}
     of_train = [number(record, "images_per_second") for record in timing if record.get("split") == "train"]
     speeds = [speed for speed in of_train if speed is not None]
     values = {
