@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -49,15 +50,27 @@ def trained(sample_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return run
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """{tag: (step, value) pairs} of the event files in a folder."""
-    found: dict[str, list[tuple[int, float]]] = {}
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV by its header."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def event_values(folder: Path) -> Iterator[tuple[str, str, int, np.ndarray]]:
+    """(plugin, tag, step, value) of the event files in a folder."""
     for file in sorted(folder.glob("events.out.tfevents.*")):
         for record in tf.data.TFRecordDataset(str(file)):
             event = tf.compat.v1.Event.FromString(record.numpy())
             for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name == "scalars":
-                    found.setdefault(value.tag, []).append((event.step, float(tf.make_ndarray(value.tensor))))
+                yield value.metadata.plugin_data.plugin_name, value.tag, event.step, tf.make_ndarray(value.tensor)
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: (step, value) pairs} of the event files in a folder."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for plugin, tag, step, value in event_values(folder):
+        if plugin == "scalars":
+            found.setdefault(tag, []).append((step, float(value)))
     return found
 
 
@@ -98,8 +111,7 @@ def test_checkpoints_have_slim_names_and_are_read_by_tensorflow(trained: Path) -
 
 def test_results_are_those_of_the_predictions(trained: Path) -> None:
     results = json.loads((trained / "results-val.json").read_text())
-    with open(trained / "predictions-val.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(trained / "predictions-val.csv")
     assert results["examples"] == len(rows) == 24
     assert results["accuracy"] == pytest.approx(np.mean([row["true"] == row["predicted"] for row in rows]))
     best = max(
@@ -124,8 +136,7 @@ def test_evaluate_scores_a_split_and_another_data_set_by_class_name(
     assert call(evaluate, "--run", run, "--data", other) == 0
     results = json.loads((run / "results-val.json").read_text())
     assert results["examples"] == 4
-    with open(trained / "predictions-val.csv", newline="") as file:
-        known = [row for row in csv.DictReader(file) if row["true"] in ("coffee", "retina")]
+    known = [row for row in rows_of(trained / "predictions-val.csv") if row["true"] in ("coffee", "retina")]
     assert results["accuracy"] == pytest.approx(np.mean([row["correct"] in ("1", "True", "true") for row in known]))
     assert before == json.loads((trained / "results-val.json").read_text())["accuracy"]
     (other / "train" / "coffee").rename(other / "train" / "tea")
@@ -159,8 +170,7 @@ def test_inference_formats_agree_and_one_bad_image_stops_nothing(
     assert (
         call(inference, str(folder / "*.jpg"), "--run", trained, "--top", 3, "--format", "csv", "--output", output) == 1
     )
-    with open(output, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(output)
     assert [row["class"] for row in rows[:3]] == [p["class"] for p in lines[0]["predictions"]]
     assert float(rows[0]["probability"]) == pytest.approx(lines[0]["predictions"][0]["probability"], abs=1e-6)
     assert rows[-1]["error"]
@@ -174,12 +184,11 @@ def test_inference_gives_the_probabilities_of_the_evaluation(
     found = {}
     for line in map(json.loads, capfd.readouterr().out.splitlines()):
         found[str(Path(line["image"]).relative_to(sample_images))] = line["predictions"][0]
-    with open(trained / "predictions-val.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            prediction = found[row["image"]]
-            assert prediction["class"] == row["predicted"]
-            names = [name for name in row if "probability" in name]
-            assert prediction["probability"] == pytest.approx(float(row[names[0]]), abs=1e-4)
+    for row in rows_of(trained / "predictions-val.csv"):
+        prediction = found[row["image"]]
+        assert prediction["class"] == row["predicted"]
+        names = [name for name in row if "probability" in name]
+        assert prediction["probability"] == pytest.approx(float(row[names[0]]), abs=1e-4)
 
 
 def test_fine_tuning_a_run_on_other_classes_restores_all_but_the_last_layer(
