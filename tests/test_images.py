@@ -22,7 +22,6 @@ from dataset import images
 from dataset.images import ImageError, decode_image, find_fault, find_faults, image_format, read_image
 from tests.fuzz_images import OUTCOMES, make_seeds, run, run_inference
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 EXTENSIONS = {"jpeg": "JPEG", "png": "PNG", "gif": "GIF", "bmp": "BMP", "webp": "WEBP", "tiff": "TIFF"}
 
 
@@ -546,9 +545,8 @@ def test_find_faults_keeps_the_order_and_reports_progress(tmp_path: Path) -> Non
 # The files of the project's shared folder
 
 
-@pytest.mark.skipif(not (SHARED / "data/odd").is_dir(), reason="no shared/data/odd beside the project")
-def test_odd_files() -> None:
-    paths = sorted((SHARED / "data/odd").iterdir())
+def test_odd_files(shared: Path) -> None:
+    paths = sorted((shared / "odd").iterdir())
     expected = {
         "empty.jpg": "is empty",
         "text.jpg": "is not an image (starts with b'not an image')",
@@ -559,9 +557,9 @@ def test_odd_files() -> None:
         assert {path.name: reason for path, reason in find_faults(paths, thorough).items()} == expected
     good = {path.name: read_image(path).shape for path in paths if path.name not in expected}
     assert good["corrupt_exif.jpg"] == (512, 384, 3)
-    levels = read_image(SHARED / "data/odd/greyscale.jpg")
+    levels = read_image(shared / "odd/greyscale.jpg")
     assert (levels == levels[..., :1]).all()
-    assert image_format(SHARED / "data/odd/webp_named.jpg") == "webp"
+    assert image_format(shared / "odd/webp_named.jpg") == "webp"
 
 
 # Threads and fuzz

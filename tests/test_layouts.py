@@ -17,8 +17,6 @@ from dataset import layouts
 from dataset.layouts import Examples, LabelledImages, cut_by_hash, find_images, take_per_class
 from dataset.lists import read_food101_lists
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 
 def touch(root: Path, *names: str) -> Path:
     for name in names:
@@ -65,17 +63,11 @@ def message(data: str | Path, **options: Any) -> str:
     return str(caught.value)
 
 
-def shared(name: str) -> str:
-    if not (SHARED / name).exists():
-        pytest.skip(f"needs the real data in {SHARED / name}, which is not part of the project")
-    return str(SHARED / name)
-
-
 # ---- the layouts
 
 
-def test_real_split_folders() -> None:
-    found = find_images(shared("mini_natural_images"))
+def test_real_split_folders(shared: Path) -> None:
+    found = find_images(str(shared / "mini_natural_images"))
     assert found.layout == "split folders"
     assert found.class_names == ("airplane", "car", "cat", "dog", "flower", "fruit", "motorbike", "person")
     assert {split: len(examples) for split, examples in found.splits.items()} == {"train": 1022, "val": 695}
@@ -84,16 +76,16 @@ def test_real_split_folders() -> None:
     ))  # fmt: skip
 
 
-def test_real_food101() -> None:
-    found = find_images(shared("food-101-mini"))
+def test_real_food101(shared: Path) -> None:
+    found = find_images(str(shared / "food-101-mini"))
     assert found.layout == "food-101"
     assert found.class_names == ("apple_pie", "baby_back_ribs", "beet_salad", "bibimbap")
     assert {split: len(examples) for split, examples in found.splits.items()} == {"train": 300, "val": 100}
     assert all(map(os.path.isfile, found.splits["val"].paths))
 
 
-def test_real_food101_lists() -> None:
-    class_names, rows = read_food101_lists(shared("food-101-meta"))
+def test_real_food101_lists(shared: Path) -> None:
+    class_names, rows = read_food101_lists(str(shared / "food-101-meta"))
     splits = [split for _, _, _, split in rows]
     assert (len(class_names), splits.count("train"), splits.count("val")) == (101, 75750, 25250)
     assert class_names[0] == "apple_pie"
