@@ -32,9 +32,9 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def one_line(message: object) -> str:
-    """`message` with its line breaks made visible, so that it stays one line on a terminal."""
-    return str(message).replace("\r", "\\r").replace("\n", "\\n")
+def one_line(text: object) -> str:
+    r"""`text` on one line: line breaks, other control characters and lone surrogates as escapes such as `\n`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def exit_status(main: Callable[[], int | None]) -> int:

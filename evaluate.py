@@ -4,8 +4,8 @@ from console import ArgumentParser, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
-from experiment import evaluate
 from run import Run, newest_run
+from training.session import evaluate
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from dataset.layouts import is_image_name
 from files import write_text
 from reports import metrics
 from run import Run, newest_run
-from training import compiled_forward
+from training.step import compiled_forward
 
 BATCH_SIZE = 16
 Prediction = list[tuple[str, float]] | str  # (class name, probability), most probable first; or what is wrong

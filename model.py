@@ -7,7 +7,6 @@ heads are all such cuts. Simonyan & Zisserman, "Very Deep Convolutional Networks
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import tensorflow as tf
 
@@ -30,21 +29,6 @@ FEATURE_NORM = 87.0
 EVEN_SHARE = 0.05
 
 Dropout = Callable[[tf.Tensor, str], tf.Tensor]
-
-
-def compute_dtype(precision: str) -> tf.DType:
-    """float32 or bfloat16; `auto` is bfloat16 where the hardware multiplies in it, else float32."""
-    if precision != "auto":
-        return tf.dtypes.as_dtype(precision)
-    gpus = tf.config.list_physical_devices("GPU")
-    if gpus:
-        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
-        return tf.bfloat16 if capability >= (8, 0) else tf.float32
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").split())
-    except OSError:
-        flags = set()
-    return tf.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else tf.float32
 
 
 class VGG(tf.Module):

@@ -23,8 +23,9 @@ import tensorflow as tf
 
 from console import UserError, one_line
 from data import Preprocessing
+from devices import compute_dtype
 from files import write_json, write_text
-from model import VGG, compute_dtype
+from model import VGG
 
 Arrays = dict[str, np.ndarray]
 

@@ -10,9 +10,9 @@ from console import ArgumentParser, Stopped, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
-from experiment import train
 from run import Run
-from settings import Settings, add_flags
+from training.session import train
+from training.settings import Settings, add_flags
 
 
 def parse_arguments(arguments: list[str]) -> tuple[str, str | None, Settings]:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from console import one_line
 from files import write_csv, write_json, write_text
 from reports import metrics
 from reports.pictures import draw_confusion, image_grid, picture_names
-from reports.tables import format_cell, printable, table, text_width
+from reports.tables import format_cell, table, text_width
 
 
 def write_results(
@@ -65,7 +66,7 @@ def results_text(
     confusion: np.ndarray, class_names: Sequence[str], scores: dict[str, Any], extra: dict[str, Any] | None = None
 ) -> str:
     """The confusion matrix, the scores, and in the last line the number of examples."""
-    names = [printable(name) for name in class_names]
+    names = [one_line(name) for name in class_names]
     row_names = [f"{i} {name}" for i, name in enumerate(names)]
     column_names, note = names, ""
     if sum(max(text_width(name), 4) + 2 for name in names) > 96:  # wider than a terminal or a printed page
@@ -81,7 +82,7 @@ def results_text(
         "", table(counts, ["", *column_names]),
         "", table(list(single.items()), ["score", "value"]),
         "", table(per_class + means, ["class", *ratios, "support", "predicted"]),
-        "", *(f"{printable(key)}: {format_cell(value)}" for key, value in (extra or {}).items()),
+        "", *(f"{one_line(key)}: {format_cell(value)}" for key, value in (extra or {}).items()),
         f"examples: {scores['examples']}", "",
     ])  # fmt: skip
 
@@ -106,7 +107,7 @@ def draw_worst(
         true, predicted = int(labels[i]), int(probabilities[i].argmax())
         of_true = f" (true class {probabilities[i, true]:.3f})" if true != predicted else ""
         shares = f"probability {probabilities[i, predicted]:.3f}{of_true}"
-        file_name = printable(os.path.basename(names[i]))
+        file_name = one_line(os.path.basename(names[i]))
         titles.append(f"true: {class_labels[true]}\npredicted: {class_labels[predicted]}\n{shares}\n{file_name}")
         image = Image.fromarray(read_image(names[i]))
         image.thumbnail((224, 224))  # a sheet of full photographs would take gigabytes

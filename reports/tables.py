@@ -4,10 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-
-def printable(text: object) -> str:
-    r"""`text` on one line: line breaks, other control characters and lone surrogates as escapes such as `\n`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+from console import one_line
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[Any]) -> str:
@@ -18,7 +15,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[Any]) -> str:
     """
     columns = range(len(header))
     numeric = _numeric_columns(rows, len(header))
-    cells = [[printable(cell) for cell in header]] + [_cells(row, len(header)) for row in rows]
+    cells = [[one_line(cell) for cell in header]] + [_cells(row, len(header)) for row in rows]
     widths = [max(text_width(line[i]) for line in cells) for i in columns]
     cells.insert(1, ["-" * width for width in widths])
     lines = []
@@ -31,7 +28,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[Any]) -> str:
 def markdown_table(rows: Sequence[Sequence[Any]], header: Sequence[Any]) -> str:
     """The same table in GitHub's Markdown; `|` in a cell is escaped."""
     rule = ["---:" if right else "---" for right in _numeric_columns(rows, len(header))]
-    lines = [[printable(cell) for cell in header], *(_cells(row, len(header)) for row in rows)]
+    lines = [[one_line(cell) for cell in header], *(_cells(row, len(header)) for row in rows)]
     escaped = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in line] for line in lines]
     escaped.insert(1, rule)
     return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
@@ -43,7 +40,7 @@ def format_cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):  # NumPy's float64 is one too
         return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.3g}"
-    return printable(value)
+    return one_line(value)
 
 
 def text_width(text: str) -> int:

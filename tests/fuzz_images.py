@@ -270,15 +270,15 @@ def run_inference(count: int, seed: int, folder: Path) -> tuple[Counter[str], fl
     from console import quiet_tensorflow
 
     quiet_tensorflow()
-    import experiment
     import inference
     from run import Run
-    from settings import Settings
     from tests import kill_run
+    from training import session
+    from training.settings import Settings
 
     images = kill_run.make_data(folder / "data", {"train": 6, "val": 6})
     settings = Settings(pretrained="none", network="small", image_size=32, epochs=1, batch_size=6)
-    experiment.train(settings, str(images), Run(folder / "run"), [])
+    session.train(settings, str(images), Run(folder / "run"), [])
     files = [folder / f"{index} .jpg" for index in range(count)]
     seeds = make_seeds()
     for index, file in enumerate(files):

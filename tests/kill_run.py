@@ -68,10 +68,9 @@ def train_with_marks(arguments: list[str]) -> int:
     # isort: split
     import tensorflow as tf
 
-    import features
-    import fit
     import run
     from console import exit_status
+    from training import features, loop
 
     marker = os.open(os.environ[MARKER], os.O_WRONLY | os.O_CREAT)
     places = ["start"]
@@ -127,13 +126,13 @@ def train_with_marks(arguments: list[str]) -> int:
         return wrapped
 
     mark()
-    then_mark(fit.Fit, "open_logs", "training")
-    then_mark(fit.Fit, "finish", "results")
+    then_mark(loop.Fit, "open_logs", "training")
+    then_mark(loop.Fit, "finish", "results")
     wrap(run.Run, "save", "checkpoint")
     wrap(tf.raw_ops, "SaveV2", sleep=0.02)
     wrap(run, "write_text", sleep=0.01)
-    vars(fit)["predict"] = slowly(vars(fit)["predict"], 0.01)
-    wrap(fit.Fit, "_validate", "validation")
+    vars(loop)["predict"] = slowly(vars(loop)["predict"], 0.01)
+    wrap(loop.Fit, "_validate", "validation")
     setattr(features.Cache, "fill", slowly(features.Cache.fill, 0.05))  # noqa: B010
     wrap(features.Cache, "fill", "caching")
     sys.argv = ["train.py", *arguments]

@@ -24,15 +24,14 @@ import tensorflow as tf
 from PIL import Image
 
 import data
-import features
-import fit
 import train
 from console import UserError, exit_status
 from dataset import layouts
-from experiment import readable_failures
 from reports import results
 from run import Run
 from tests import kill_run
+from training import features, loop
+from training.session import readable_failures
 
 EPOCHS = 3
 EPOCH_STEPS = -(-kill_run.IMAGES["train"] // kill_run.BATCH_SIZE)  # 9
@@ -149,7 +148,7 @@ def test_sigterm_within_an_epoch(runs, tmp_path):
 
 
 def test_sigint_during_validation(runs, tmp_path, monkeypatch, capfd):
-    predict = vars(fit)["predict"]
+    predict = vars(loop)["predict"]
 
     def interrupted(forward, batches, each):
         def signal_first(count):
@@ -160,7 +159,7 @@ def test_sigint_during_validation(runs, tmp_path, monkeypatch, capfd):
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "predict", interrupted)
+        patch.setattr(loop, "predict", interrupted)
         assert start(runs.images, run) == 128 + signal.SIGINT
     err = capfd.readouterr().err
     assert err.count("stopping at the next step") == 1
@@ -173,7 +172,7 @@ def test_sigint_during_validation(runs, tmp_path, monkeypatch, capfd):
 def test_sigterm_while_the_results_are_computed(runs, tmp_path, monkeypatch):
     run = runs.copy(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(fit.Fit, "finish", lambda self: send(signal.SIGTERM))
+        patch.setattr(loop.Fit, "finish", lambda self: send(signal.SIGTERM))
         assert start(runs.images, run) == 128 + signal.SIGTERM
     assert not (run / "results-val.json").exists()
     runs.goes_on(run)
@@ -260,7 +259,7 @@ def test_no_space_for_the_metric_log(runs, tmp_path, monkeypatch, capfd):
 
     run = runs.copy(tmp_path)
     with monkeypatch.context() as patch, file_limit((run / "metrics.jsonl").stat().st_size + 50):
-        patch.setattr(fit, "EventWriter", NoEvents)
+        patch.setattr(loop, "EventWriter", NoEvents)
         assert start(runs.images, run) == 2
     assert "no space left" in last_line(capfd.readouterr().err)
     assert not (run / "metrics.jsonl").read_text().endswith("\n")  # half a line
@@ -270,7 +269,7 @@ def test_no_space_for_the_metric_log(runs, tmp_path, monkeypatch, capfd):
 def test_no_space_for_results(runs, tmp_path, monkeypatch, capfd):
     run = runs.copy(tmp_path)
     with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
-        patch.setattr(fit.Fit, "finish", lambda self: stack.enter_context(file_limit(30_000)))
+        patch.setattr(loop.Fit, "finish", lambda self: stack.enter_context(file_limit(30_000)))
         assert start(runs.images, run) == 2
     assert "no space left" in last_line(capfd.readouterr().err)
     runs.goes_on(run)

@@ -10,17 +10,15 @@ import pytest
 import tensorflow as tf
 
 import data
-import experiment
-import features
 import model as model_module
-import plan
 from console import UserError
 from dataset.layouts import Examples
-from features import BATCH_SIZE, DISK_RESERVE, VIEW_SEED, Cache, check_disk
 from model import VGG
 from run import Run
-from settings import Settings
-from training import Phase
+from training import features, plan, session
+from training.features import BATCH_SIZE, DISK_RESERVE, VIEW_SEED, Cache, check_disk
+from training.settings import Settings
+from training.step import Phase
 
 CENTRAL, VIEWS = [data.CENTRAL_VIEW], [0, 1]
 COUNT = 70  # two whole batches of rows and a short one
@@ -305,7 +303,7 @@ def cached_run(folder: Path, images: Path, **changes: object) -> tuple[Run, Sett
     fixed = {"pretrained": "none", "network": "tiny", "head": "gap", "cached_views": 2, "epochs": 2, "batch_size": 8}
     settings = Settings(**{**fixed, "image_size": 32, "cache_dir": str(folder / "cache"), "seed": 3, **changes})
     run = Run(folder / f"run-{len(list(folder.glob('run-*')))}")
-    experiment.train(settings, str(images), run, ["test"])
+    session.train(settings, str(images), run, ["test"])
     return run, settings
 
 

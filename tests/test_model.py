@@ -13,8 +13,9 @@ import tensorflow as tf
 import data
 import model
 from console import UserError
-from model import VGG, compute_dtype
-from pretrained import find_imagenet, load_pretrained, restore
+from devices import compute_dtype
+from model import VGG
+from weights.pretrained import find_imagenet, load_pretrained, restore
 
 # slim/nets/vgg.py: repeat(conv2d, [3, 3]) by stage; then fc6 [7, 7], fc7 [1, 1] and fc8 [1, 1] as convolutions.
 SLIM_CONVOLUTIONS = {

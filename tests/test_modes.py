@@ -8,16 +8,15 @@ import pytest
 import tensorflow as tf
 
 import data
-import features
-import plan
 import train
 from dataset import layouts
 from model import VGG
 from run import Run
-from settings import Settings
 from tests.test_commands import TINY, call, event_values, rows_of, scalars
 from tools import benchmark, find_learning_rate, learning_curve
-from training import Phase
+from training import features, plan
+from training.settings import Settings
+from training.step import Phase
 
 # -- the main job ----------------------------------------------------------------------------------------------------
 

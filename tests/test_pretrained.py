@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import pretrained
 from console import UserError
 from model import VGG
-from pretrained import RestoreError, find_imagenet, keras_to_slim, load_pretrained, restore
+from weights import pretrained
+from weights.pretrained import RestoreError, find_imagenet, keras_to_slim, load_pretrained, restore
 
 ROOT = Path(__file__).resolve().parent.parent
 V1, V2 = tf.compat.v1.train.SaverDef.V1, tf.compat.v1.train.SaverDef.V2

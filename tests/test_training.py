@@ -11,11 +11,11 @@ import scipy.special  # type: ignore[import-untyped]
 import tensorflow as tf
 
 import model as model_module
-import plan
 from dataset.layouts import Examples
 from model import VGG
-from settings import Settings
-from training import (
+from training import plan
+from training.settings import Settings
+from training.step import (
     Optimisation,
     Phase,
     Trainer,
@@ -291,7 +291,7 @@ def test_dropout_masks_differ_by_step_stage_and_seed_and_by_nothing_else(monkeyp
         tf.py_function(lambda m: masks.append(m.numpy().ravel()), [mask], [])
         return original(x, *arguments)
 
-    monkeypatch.setattr("training.stateless_dropout", recorded)
+    monkeypatch.setattr("training.step.stateless_dropout", recorded)
     batches = random_batches(1, 4, (7, 7, 8))
     for seed in (0, 0, 1):
         trainer = make_trainer(

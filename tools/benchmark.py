@@ -15,11 +15,11 @@ quiet_tensorflow()
 import numpy as np
 
 import data
-import plan
-from experiment import cached_loads, readable_failures
 from reports.tables import table
-from settings import Settings, add_flags
-from training import Phase, Trainer
+from training import plan
+from training.session import cached_loads, readable_failures
+from training.settings import Settings, add_flags
+from training.step import Phase, Trainer
 
 WARM_UP = 2  # steps of each way that are not counted
 

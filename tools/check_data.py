@@ -18,9 +18,9 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from console import ArgumentParser, UserError, run_script
+from console import ArgumentParser, UserError, one_line, run_script
 from dataset import images, layouts
-from reports.tables import printable, table
+from reports.tables import table
 from tools.data_flags import add_data_flags, find_images
 
 EXTENSIONS = {
@@ -177,7 +177,7 @@ def counts_table(files: Sequence[Listed], found: Sequence[Found]) -> str:
 
 def section(title: str, lines: Sequence[str]) -> list[str]:
     """A heading with the number of lines under it; nothing where there are none."""
-    return ["", f"{title}: {len(lines)}", *(f"  {printable(line)}" for line in lines)] if lines else []
+    return ["", f"{title}: {len(lines)}", *(f"  {one_line(line)}" for line in lines)] if lines else []
 
 
 def findings(files: Sequence[Listed], found: Sequence[Found]) -> list[str]:
@@ -210,10 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     title, files, no_data_set = list_files(flags)
     found = in_parallel(examine, [file.path for file in files], "decoding")
-    print("\n".join([printable(title), "", counts_table(files, found), *findings(files, found)]))
+    print("\n".join([one_line(title), "", counts_table(files, found), *findings(files, found)]))
     if any(f.fault is not None for f in found):
         if no_data_set:
-            print(f"warning: {printable(no_data_set)}", file=sys.stderr)
+            print(f"warning: {one_line(no_data_set)}", file=sys.stderr)
         return 1
     if no_data_set:
         raise no_data_set

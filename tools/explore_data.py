@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from console import ArgumentParser, UserError, quiet_tensorflow, run_script
+from console import ArgumentParser, UserError, one_line, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -24,7 +24,6 @@ from tqdm import tqdm
 from data import AUGMENTATIONS, MEAN_RGB, Preprocessing, preprocess
 from dataset import images, layouts
 from reports.pictures import image_grid
-from reports.tables import printable
 from tools.data_flags import add_data_flags, find_images
 from tools.explore_page import write_page
 from tools.explore_pictures import draw_counts, draw_densities, draw_sizes
@@ -136,7 +135,7 @@ def draw_samples(path: Path, train: layouts.Examples, names: Sequence[str], spec
             small = Image.fromarray(image)
             small.thumbnail((400, 400))
             pictures.append(np.asarray(small))
-            titles.append(f"{printable(names[label])}\n{image.shape[1]} × {image.shape[0]} pixels")
+            titles.append(f"{one_line(names[label])}\n{image.shape[1]} × {image.shape[0]} pixels")
             for view in range(VIEWS):
                 seen = preprocess(tf.constant(image), spec, tf.constant([seed, view], tf.int64) + int(index) * 1000)
                 pictures.append(shown(seen))
@@ -162,7 +161,7 @@ def draw_all(
     means = [statistics.mean_image()]
     if len(names) <= CLASS_MEANS:
         means += map(statistics.mean_image, there)
-    image_grid(folder / "means.png", means, [printable(title) for title in titles[: len(means)]], 5)
+    image_grid(folder / "means.png", means, [one_line(title) for title in titles[: len(means)]], 5)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

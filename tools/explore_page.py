@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from console import one_line
 from data import Preprocessing
 from dataset.layouts import LabelledImages
 from files import write_text
-from reports.tables import printable
 
 FAULTS_SHOWN = 20
 STYLE = """
@@ -35,7 +35,7 @@ def write_page(
 ) -> Path:
     """Writes `index.html` beside the pictures, which it holds too; `sizes`: (height, width) of the sampled images."""
     total = sum(map(len, found.splits.values()))
-    title = escape(printable(f"Data set {data}"))
+    title = escape(one_line(f"Data set {data}"))
     looked_at = len(sizes) + len(faults)
     which = "All images were looked at"
     if looked_at < total:
@@ -87,7 +87,7 @@ def _figure(picture: Path, alternative: str) -> str:
 def _faults(faults: Sequence[str]) -> list[str]:
     if not faults:
         return []
-    items = "".join(f"<li>{escape(printable(fault))}</li>" for fault in faults[:FAULTS_SHOWN])
+    items = "".join(f"<li>{escape(one_line(fault))}</li>" for fault in faults[:FAULTS_SHOWN])
     more = f"; the first {FAULTS_SHOWN}" if len(faults) > FAULTS_SHOWN else ""
     return [f"<p>Bad files{more} (<code>python -m tools.check_data</code> lists all):</p><ul>{items}</ul>"]
 
@@ -98,7 +98,7 @@ def _counts(found: LabelledImages) -> str:
     classes = len(found.class_names)
     columns = [np.bincount(found.splits[split].labels, minlength=classes) for split in splits]
     numbers = np.stack([*columns, np.sum(columns, axis=0)], axis=1)  # [C, splits + 1]
-    rows = [[printable(name), *line] for name, line in zip(found.class_names, numbers.tolist(), strict=True)]
+    rows = [[one_line(name), *line] for name, line in zip(found.class_names, numbers.tolist(), strict=True)]
     rows.append(["all", *numbers.sum(axis=0).tolist()])
     head = "".join(f'<th scope="col">{name}</th>' for name in ("class", *splits, "all"))
     lines = ["<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]

@@ -18,14 +18,14 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 import data
-import plan
 from console import ArgumentParser, StopSignals
-from experiment import cached_loads, readable_failures
 from files import write_csv
-from fit import progress_bar
 from reports.pictures import BLUE, ORANGE, save_figure
-from settings import Settings, add_flags
-from training import Phase, Trainer
+from training import plan
+from training.loop import progress_bar
+from training.session import cached_loads, readable_failures
+from training.settings import Settings, add_flags
+from training.step import Phase, Trainer
 
 SMOOTHING = 0.9  # of the exponential mean of the loss
 DIVERGED = 4.0  # times the smallest smoothed loss: the test ends

@@ -18,15 +18,15 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
-import plan
 from dataset import layouts
-from experiment import cached_loads, readable_failures
 from files import write_csv
 from reports import metrics
 from reports.pictures import BLUE, save_figure
 from reports.tables import table
-from settings import Settings, add_flags
-from training import Phase, compiled_forward, predict
+from training import plan
+from training.session import cached_loads, readable_failures
+from training.settings import Settings, add_flags
+from training.step import Phase, compiled_forward, predict
 
 Row = tuple[int, int, float, float]  # images per class, seed, validation accuracy, validation loss
 

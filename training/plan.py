@@ -13,12 +13,13 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import data
-import pretrained
 from console import UserError, one_line
 from dataset import images, layouts
-from model import VGG, compute_dtype
-from settings import Settings, flag_name
-from training import Optimisation, Phase, Trainer
+from devices import compute_dtype
+from model import VGG
+from training.settings import Settings, flag_name
+from training.step import Optimisation, Phase, Trainer
+from weights import pretrained
 
 
 def find_images(settings: Settings, data_path: str) -> layouts.LabelledImages:

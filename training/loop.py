@@ -20,7 +20,7 @@ from reports import metrics
 from reports.events import EventWriter
 from reports.pictures import draw_curves
 from run import Run
-from training import Phase, Trainer, compiled_forward, predict
+from training.step import Phase, Trainer, compiled_forward, predict
 
 LOGS_PER_EPOCH = 10
 LONGEST_UNSAVED = 60.0  # seconds within an epoch

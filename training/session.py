@@ -12,18 +12,17 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import data
-import features
-import plan
-import pretrained
 from console import StopSignals, UserError, one_line
 from dataset import images, layouts
-from fit import Fit, progress_bar
 from model import VGG
 from reports import metrics
 from reports.results import write_results
 from run import Run
-from settings import Settings
-from training import Phase, compiled_forward, predict
+from training import features, plan
+from training.loop import Fit, progress_bar
+from training.settings import Settings
+from training.step import Phase, compiled_forward, predict
+from weights import pretrained
 
 EVALUATION_BATCH = 32
 

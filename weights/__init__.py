@@ -1,0 +1,1 @@
+"""Weight files -> arrays under this project's names -> the variables of a network."""
