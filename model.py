@@ -31,7 +31,7 @@ EVEN_SHARE = 0.05
 Dropout = Callable[[tf.Tensor, str], tf.Tensor]
 
 
-class VGG(tf.Module):
+class Network(tf.Module):
     """A VGG network.
 
     Args:

@@ -25,7 +25,7 @@ from console import UserError, one_line
 from data import Preprocessing
 from devices import compute_dtype
 from files import write_json, write_text
-from model import VGG
+from model import Network
 
 Arrays = dict[str, np.ndarray]
 
@@ -164,10 +164,10 @@ class Run:
             raise UserError(f"{'; '.join(warnings)}; no intact checkpoint is left: delete {self.path / kind}")
         return None
 
-    def load_model(self) -> VGG:
+    def load_model(self) -> Network:
         """The network to predict with: `best`, or `latest` in a run that has no validation behind it yet."""
         config = self.config()
-        model = VGG(**config["model"], compute_dtype=compute_dtype(config["precision"]))
+        model = Network(**config["model"], compute_dtype=compute_dtype(config["precision"]))
         for kind in ("best", "latest"):
             loaded = self.load(kind)
             if loaded:

@@ -13,7 +13,7 @@ import data
 import model as model_module
 from console import UserError
 from dataset.layouts import Examples
-from model import VGG
+from model import Network
 from run import Run
 from training import features, plan, session
 from training.features import BATCH_SIZE, DISK_RESERVE, VIEW_SEED, Cache, check_disk
@@ -55,8 +55,8 @@ class NoiseLoader:
         return positions.map(image).batch(batch_size)
 
 
-def build(head: str = "gap", dtype: tf.DType = tf.float32, seed: int = 0, classes: int = 3) -> VGG:
-    return VGG("tiny", head, classes, 32, dtype, seed)
+def build(head: str = "gap", dtype: tf.DType = tf.float32, seed: int = 0, classes: int = 3) -> Network:
+    return Network("tiny", head, classes, 32, dtype, seed)
 
 
 def ignore(rows: int) -> None:
@@ -209,11 +209,11 @@ def test_an_interrupted_computation_keeps_its_rows(tmp_path: Path, examples: Exa
 # -- the key ----------------------------------------------------------------------------------------------------------
 
 
-def key(model: VGG, examples: Examples, stage: str = "conv5", spec: data.Preprocessing = SPEC) -> str:
+def key(model: Network, examples: Examples, stage: str = "conv5", spec: data.Preprocessing = SPEC) -> str:
     return Cache(model, stage, examples, spec, VIEWS, "unused").folder.name
 
 
-def copy_below(stage: str, source: VGG, target: VGG) -> VGG:
+def copy_below(stage: str, source: Network, target: Network) -> Network:
     for name, variable in source.variables_by_name.items():
         if source.stages.index(source.stage_of(name)) < source.stages.index(stage):
             target.variables_by_name[name].assign(variable)

@@ -11,10 +11,11 @@ import skimage.data
 import tensorflow as tf
 
 import data
+import devices
 import model
 from console import UserError
 from devices import compute_dtype
-from model import VGG
+from model import Network
 from weights.pretrained import find_imagenet, load_pretrained, restore
 
 # slim/nets/vgg.py: repeat(conv2d, [3, 3]) by stage; then fc6 [7, 7], fc7 [1, 1] and fc8 [1, 1] as convolutions.
@@ -38,7 +39,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> str:
     return "narrow"
 
 
-def fill(network: VGG, seed: int = 1) -> VGG:
+def fill(network: Network, seed: int = 1) -> Network:
     """Random values in every variable, biases and the last layer too, whose initial values are zero."""
     rng = np.random.default_rng(seed)
     for name, variable in network.variables_by_name.items():
@@ -71,7 +72,7 @@ def test_names_and_shapes_are_those_of_tf_slim(monkeypatch: pytest.MonkeyPatch, 
             expected[f"{network}/conv{stage}/conv{stage}_{number}"] = (3, 3, channels, width)
             channels = width
     expected |= {f"{network}/{layer}": shape for layer, shape in HEAD_TABLE[head]}
-    built = VGG(network, head, 11)
+    built = Network(network, head, 11)
     assert list(built.variables_by_name) == [f"{layer}/{kind}" for layer in expected for kind in ("weights", "biases")]
     for layer, shape in expected.items():
         assert tuple(built.variables_by_name[f"{layer}/weights"].shape) == shape
@@ -83,7 +84,7 @@ def test_names_and_shapes_are_those_of_tf_slim(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_tf_module_finds_every_variable() -> None:
-    small = VGG("small", "gap", 3, 32)
+    small = Network("small", "gap", 3, 32)
     assert {v.name.removesuffix(":0") for v in small.trainable_variables} == set(small.variables_by_name)
 
 
@@ -92,14 +93,14 @@ def test_initial_values_have_he_variance_and_the_last_layer_is_zero(narrow: str)
         f"small/conv{n}/conv{n}_1": math.sqrt(2 / (9 * inputs)) for n, inputs in enumerate((3, 32, 64, 128, 256), 1)
     }
     deviations["small/conv1/conv1_1"] /= 64  # pixels are of the order of 64, not of 1
-    small = VGG("small", "gap", 5, 32)
+    small = Network("small", "gap", 5, 32)
     for layer, deviation in deviations.items():
         values = small.variables_by_name[f"{layer}/weights"].numpy()
         tolerance = 5 / math.sqrt(2 * values.size)  # five standard errors of a standard deviation
         assert values.std() == pytest.approx(deviation, rel=tolerance)
         assert abs(values.mean()) < 5 * deviation / math.sqrt(values.size)
         assert np.abs(values).max() > 3 * deviation  # normal, not uniform
-    with_fc = VGG(narrow, "fc", 5)
+    with_fc = Network(narrow, "fc", 5)
     fc6 = with_fc.variables_by_name["narrow/fc6/weights"].numpy()
     assert fc6.std() == pytest.approx(math.sqrt(2 / (7 * 7 * 8)), rel=5 / math.sqrt(2 * fc6.size))
     for network, last in ((small, "small/gap"), (with_fc, "narrow/fc8")):
@@ -108,14 +109,16 @@ def test_initial_values_have_he_variance_and_the_last_layer_is_zero(narrow: str)
 
 
 def test_activations_keep_their_scale_through_all_stages_of_vgg_19_from_scratch() -> None:
-    network = VGG("vgg_19", "gap", 3, 32)
+    network = Network("vgg_19", "gap", 3, 32)
     pool5 = network.forward(tf.constant(pictures(2, 32)), last="conv5").numpy()
     assert 0.05 < np.sqrt(np.mean(pool5**2)) < 50
 
 
 def test_the_seed_decides_the_initial_values() -> None:
     def values(seed: int) -> list[np.ndarray]:
-        return [v.numpy() for n, v in VGG("small", "linear", 3, 32, seed=seed).variables_by_name.items() if "conv" in n]
+        return [
+            v.numpy() for n, v in Network("small", "linear", 3, 32, seed=seed).variables_by_name.items() if "conv" in n
+        ]
 
     assert all(np.array_equal(a, b) for a, b in zip(values(7), values(7), strict=True))
     weights = [v for v in values(7) if v.ndim == 4]
@@ -127,14 +130,14 @@ def test_the_seed_decides_the_initial_values() -> None:
 
 def test_pool5_of_the_initial_values_does_not_depend_on_the_head() -> None:
     x = tf.constant(pictures(1, 64))
-    by_head = [VGG("small", head, 3, 64, seed=3).forward(x, last="conv5").numpy() for head in ("gap", "linear")]
+    by_head = [Network("small", head, 3, 64, seed=3).forward(x, last="conv5").numpy() for head in ("gap", "linear")]
     assert np.array_equal(*by_head)
 
 
 @pytest.mark.parametrize(("head", "size", "least"), [("gap", 31, 32), ("linear", 16, 32), ("fc", 223, 224)])
 def test_too_small_an_image_size_is_refused(head: str, size: int, least: int) -> None:
     with pytest.raises(ValueError, match=f"image size {size} is too small for the {head} head: it takes {least}"):
-        VGG("small", head, 3, size)
+        Network("small", head, 3, size)
 
 
 # -- the whole network against other implementations ------------------------------------------------------------------
@@ -147,7 +150,7 @@ def test_pool5_equals_keras_own_vgg19_on_real_photographs() -> None:
         pytest.skip(f"the package with the convolution weights is not installed: {error}")
     if not file.endswith(".h5"):
         pytest.skip(f"{file} comes first here, and Keras can't read it")
-    ours = VGG("vgg_19", "gap", 2)
+    ours = Network("vgg_19", "gap", 2)
     restore(ours.variables_by_name, load_pretrained(file, "vgg_19"), exclude=["vgg_19/gap"])
     theirs = keras.applications.VGG19(include_top=False, weights=None, input_shape=(224, 224, 3))
     theirs.load_weights(file)
@@ -162,7 +165,7 @@ def test_pool5_equals_keras_own_vgg19_on_real_photographs() -> None:
     assert np.linalg.norm(pool5 - expected) < 1e-4 * np.linalg.norm(expected)
 
 
-def plain_forward(network: VGG, x: tf.Tensor) -> tf.Tensor:
+def plain_forward(network: Network, x: tf.Tensor) -> tf.Tensor:
     """The fc network written out, all of it as convolutions; the last layer's output is averaged over positions."""
     values = {name: v.numpy() for name, v in network.variables_by_name.items()}
     for layer in (name.removesuffix("/weights") for name in values if name.endswith("/weights")):
@@ -176,7 +179,7 @@ def plain_forward(network: VGG, x: tf.Tensor) -> tf.Tensor:
 
 @pytest.mark.parametrize("size", [224, 230, 288])
 def test_fc_head_as_matrix_product_and_as_convolution_equals_plain_convolutions(narrow: str, size: int) -> None:
-    network = fill(VGG(narrow, "fc", 5, size))
+    network = fill(Network(narrow, "fc", 5, size))
     x = tf.constant(pictures(2, size))
     expected = plain_forward(network, x).numpy()
     assert expected.std() > 0.1
@@ -184,7 +187,7 @@ def test_fc_head_as_matrix_product_and_as_convolution_equals_plain_convolutions(
 
 
 def test_fc_logits_of_a_larger_image_are_the_mean_over_its_windows(narrow: str) -> None:
-    network = fill(VGG(narrow, "fc", 5, 256))
+    network = fill(Network(narrow, "fc", 5, 256))
     pool5 = tf.constant(np.random.default_rng(2).uniform(0, 3, (2, 8, 8, 8)).astype(np.float32))
     windows = [
         network.forward(pool5[:, row : row + 7, column : column + 7], first="fc6")
@@ -197,7 +200,7 @@ def test_fc_logits_of_a_larger_image_are_the_mean_over_its_windows(narrow: str) 
 
 @pytest.mark.parametrize("head", ["gap", "linear"])
 def test_linear_heads_are_softmax_regression_on_rooted_features_of_fixed_length(head: str) -> None:
-    network = fill(VGG("small", head, 4, 64))
+    network = fill(Network("small", head, 4, 64))
     pool5 = np.maximum(np.random.default_rng(3).normal(0, 2, (3, 2, 2, 256)), 0)
     pool5[2] = 0  # an image that excites nothing
     weights = network.variables_by_name[f"small/{head}/weights"].numpy().astype(np.float64)
@@ -212,7 +215,7 @@ def test_linear_heads_are_softmax_regression_on_rooted_features_of_fixed_length(
 
 @pytest.mark.parametrize("head", ["gap", "linear"])
 def test_gradients_of_the_linear_heads_stay_finite_where_features_are_zero(head: str) -> None:
-    network = fill(VGG("small", head, 4, 32))
+    network = fill(Network("small", head, 4, 32))
     pool5 = tf.zeros([2, 1, 1, 256])
     with tf.GradientTape() as tape:
         tape.watch(pool5)
@@ -227,7 +230,7 @@ def test_gradients_of_the_linear_heads_stay_finite_where_features_are_zero(head:
     ("head", "size"), [("gap", 32), ("gap", 70), ("linear", 32), ("linear", 100), ("fc", 224), ("fc", 260)]
 )
 def test_a_forward_cut_anywhere_equals_the_whole_and_has_the_declared_shapes(narrow: str, head: str, size: int) -> None:
-    network = fill(VGG(narrow, head, 3, size))
+    network = fill(Network(narrow, head, 3, size))
     x = tf.constant(pictures(2, size))
     assert network.input_shape("conv1") == (size, size, 3)
     whole = network.forward(x).numpy()
@@ -243,14 +246,14 @@ def test_a_forward_cut_anywhere_equals_the_whole_and_has_the_declared_shapes(nar
 
 
 def test_variables_from_a_stage_are_those_of_it_and_all_later_ones(narrow: str) -> None:
-    network = VGG(narrow, "fc", 3)
+    network = Network(narrow, "fc", 3)
     assert network.variables_from("conv1") == network.variables_by_name
     assert {network.stage_of(name) for name in network.variables_from("conv5")} == {"conv5", "fc6", "fc7", "fc8"}
     assert list(network.variables_from("fc8")) == ["narrow/fc8/weights", "narrow/fc8/biases"]
 
 
 def test_dropout_acts_on_the_outputs_of_fc6_and_fc7_only(narrow: str) -> None:
-    network = fill(VGG(narrow, "fc", 3))
+    network = fill(Network(narrow, "fc", 3))
     seen: list[tuple[str, tuple[int, ...]]] = []
 
     def dropout(activations: tf.Tensor, stage: str) -> tf.Tensor:
@@ -267,7 +270,7 @@ def test_dropout_acts_on_the_outputs_of_fc6_and_fc7_only(narrow: str) -> None:
 
 def test_bfloat16_computes_the_convolutions_only(narrow: str) -> None:
     for head, size in (("gap", 64), ("linear", 64), ("fc", 224)):
-        exact, rounded = (fill(VGG(narrow, head, 3, size, compute_dtype=d)) for d in (tf.float32, tf.bfloat16))
+        exact, rounded = (fill(Network(narrow, head, 3, size, compute_dtype=d)) for d in (tf.float32, tf.bfloat16))
         x = tf.constant(pictures(2, size))
         assert rounded.forward(x, last="conv5").dtype == tf.bfloat16
         logits = rounded.forward(x)
@@ -288,5 +291,5 @@ def test_compute_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
     for flags, expected in (("avx2 avx512f", tf.float32), ("avx512f avx512_bf16", tf.bfloat16)):
         (tmp_path / "cpuinfo").write_text(f"flags\t: fpu {flags} sse\n")
-        monkeypatch.setattr(model, "Path", lambda _: tmp_path / "cpuinfo")
+        monkeypatch.setattr(devices, "Path", lambda _: tmp_path / "cpuinfo")
         assert compute_dtype("auto") == expected

@@ -10,7 +10,7 @@ import tensorflow as tf
 import data
 import train
 from dataset import layouts
-from model import VGG
+from model import Network
 from run import Run
 from tests.test_commands import TINY, call, event_values, rows_of, scalars
 from tools import benchmark, find_learning_rate, learning_curve
@@ -53,7 +53,7 @@ def test_vgg19_with_its_weights_learns_evaluates_and_predicts(run_script, sample
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """Weights of the small network's convolutions to start from: He's initial values of a seed."""
-    model = VGG("small", "gap", 2, 32, seed=5)
+    model = Network("small", "gap", 2, 32, seed=5)
     file = tmp_path / "small.npz"
     np.savez(file, **{name: v.numpy() for name, v in model.variables_by_name.items() if "/conv" in name})
     return file

@@ -18,7 +18,7 @@ import pytest
 import tensorflow as tf
 
 from console import UserError
-from model import VGG
+from model import Network
 from weights import pretrained
 from weights.pretrained import RestoreError, find_imagenet, keras_to_slim, load_pretrained, restore
 
@@ -105,7 +105,7 @@ def test_full_size_checkpoint_into_101_classes(full_size, version: str) -> None:
 
 def test_full_size_logits_equal_a_plain_forward_pass(full_size) -> None:
     arrays, paths = full_size
-    model = VGG("vgg_19", "fc", 1000)
+    model = Network("vgg_19", "fc", 1000)
     report = restore(model.variables_by_name, load_pretrained(paths["V1"], "vgg_19"))
     assert len(report.restored) == 38
     assert report.new == []
@@ -178,7 +178,9 @@ def test_pip_weights_have_32_arrays_in_rgb_and_never_import_the_package() -> Non
     )
     path, imported, shapes = json.loads(done.stdout)
     assert imported == []
-    expected = {name: list(v.shape) for name, v in VGG("vgg_19", "gap", 2).variables_by_name.items() if "conv" in name}
+    expected = {
+        name: list(v.shape) for name, v in Network("vgg_19", "gap", 2).variables_by_name.items() if "conv" in name
+    }
     assert len(shapes) == 32
     assert shapes == expected
     arrays = load_pretrained(path, "vgg_19")
@@ -232,7 +234,7 @@ def test_keras_files_without_top_in_every_layout(tmp_path: Path, network: str) -
     write_legacy(tmp_path / "legacy.h5", model)
     for name in ("keras3.weights.h5", "larger.weights.h5", "whole.h5", "legacy.h5"):
         arrays = load_pretrained(str(tmp_path / name), network)
-        variables = {k: v for k, v in VGG(network, "gap", 3).variables_by_name.items() if "/conv" in k}
+        variables = {k: v for k, v in Network(network, "gap", 3).variables_by_name.items() if "/conv" in k}
         report = restore(variables, arrays)
         assert len(report.restored) == len(variables) == len(model.weights), name
         assert not [unused for unused in report.unused if "block" in unused and "optimizer" not in unused], name

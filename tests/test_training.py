@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import model as model_module
 from dataset.layouts import Examples
-from model import VGG
+from model import Network
 from training import plan
 from training.settings import Settings
 from training.step import (
@@ -37,9 +37,9 @@ def tiny_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "FC_UNITS", 16)
 
 
-def build(network: str = "tiny", head: str = "gap", size: int = 32, **options: Any) -> VGG:
+def build(network: str = "tiny", head: str = "gap", size: int = 32, **options: Any) -> Network:
     """A network whose every variable is random, biases and last layer too."""
-    built = VGG(network, head, CLASSES, size, **options)
+    built = Network(network, head, CLASSES, size, **options)
     rng = np.random.default_rng(1)
     for name, variable in built.variables_by_name.items():
         scale = math.sqrt(2 / math.prod(variable.shape[:-1])) if name.endswith("weights") else 0.1
@@ -48,7 +48,9 @@ def build(network: str = "tiny", head: str = "gap", size: int = 32, **options: A
     return built
 
 
-def make_trainer(network: VGG, settings: Optimisation, phase: Phase | Sequence[Phase] = (), **options: Any) -> Trainer:
+def make_trainer(
+    network: Network, settings: Optimisation, phase: Phase | Sequence[Phase] = (), **options: Any
+) -> Trainer:
     phases = [phase] if isinstance(phase, Phase) else list(phase) or [end_to_end()]
     return Trainer(network, settings, phases, options.get("new", frozenset()), options.get("seed", 0))
 
@@ -75,7 +77,7 @@ def run_steps(trainer: Trainer, batches: Batches, phase: Phase | None = None) ->
         step(tf.constant(x), tf.constant(labels))
 
 
-def values(network: VGG) -> dict[str, np.ndarray]:
+def values(network: Network) -> dict[str, np.ndarray]:
     return {name: variable.numpy() for name, variable in network.variables_by_name.items()}
 
 

@@ -22,7 +22,7 @@ import data
 from console import UserError
 from dataset.layouts import Examples
 from files import write_json
-from model import VGG
+from model import Network
 
 BATCH_SIZE = 32
 DISK_RESERVE = 2**30  # bytes left free on the disk
@@ -40,7 +40,7 @@ class Cache:
     """
 
     def __init__(
-        self, model: VGG, stage: str, examples: Examples, spec: data.Preprocessing, views: list[int], root: str
+        self, model: Network, stage: str, examples: Examples, spec: data.Preprocessing, views: list[int], root: str
     ):
         self.model, self.stage, self.examples, self.views = model, stage, examples, views
         self.shape = model.input_shape(stage)
@@ -154,7 +154,7 @@ def _hash_files(examples: Examples) -> str:
     return digest.hexdigest()
 
 
-def _hash_weights(model: VGG, stage: str) -> str:
+def _hash_weights(model: Network, stage: str) -> str:
     digest = hashlib.sha256()
     below = model.stages[: model.stages.index(stage)]
     for name, variable in model.variables_by_name.items():

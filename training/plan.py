@@ -16,7 +16,7 @@ import data
 from console import UserError, one_line
 from dataset import images, layouts
 from devices import compute_dtype
-from model import VGG
+from model import Network
 from training.settings import Settings, flag_name
 from training.step import Optimisation, Phase, Trainer
 from weights import pretrained
@@ -54,7 +54,7 @@ def new_config(
         "seed": settings.seed,
     }
     try:
-        model = VGG(**model_config)
+        model = Network(**model_config)
     except ValueError as error:
         raise UserError(f"--image-size {settings.image_size}: {error}") from None
     report = restore_pretrained(model, arrays, source)
@@ -81,7 +81,7 @@ def new_config(
     return config, arrays
 
 
-def restore_pretrained(model: VGG, arrays: dict[str, np.ndarray], source: str) -> pretrained.RestoreReport:
+def restore_pretrained(model: Network, arrays: dict[str, np.ndarray], source: str) -> pretrained.RestoreReport:
     """Restores everything but the last layer, whose classes are other ones; only the head may be missing in the file.
 
     Without arrays (`--pretrained none`) nothing is restored.
@@ -134,7 +134,7 @@ def usable_examples(
     return kept
 
 
-def _phases(settings: Settings, model: VGG, new: list[str], train_count: int) -> list[Phase]:
+def _phases(settings: Settings, model: Network, new: list[str], train_count: int) -> list[Phase]:
     """The steps of the run: with --head-epochs, first those that train the new layers alone."""
     new_stages = {model.stage_of(name) for name in new}
     head = next(stage for stage in model.head_stages if stage in new_stages)
@@ -189,7 +189,7 @@ def make_trainer(
     kind: type[Trainer] = Trainer,
 ) -> Trainer:
     """The network that `config` describes, at its initial values, with its optimiser."""
-    model = VGG(**config["model"], compute_dtype=compute_dtype(config["precision"]))
+    model = Network(**config["model"], compute_dtype=compute_dtype(config["precision"]))
     return kind(model, _optimisation(settings, train), phases, frozenset(config["new_variables"]), settings.seed)
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 import data
 from console import StopSignals, UserError, one_line
 from dataset import images, layouts
-from model import VGG
+from model import Network
 from reports import metrics
 from reports.results import write_results
 from run import Run
@@ -142,7 +142,7 @@ def _sample_inputs(examples: layouts.Examples, spec: data.Preprocessing, seed: i
 
 
 def cached_loads(
-    model: VGG,
+    model: Network,
     phases: list[Phase],
     examples: dict[str, layouts.Examples],
     spec: data.Preprocessing,
@@ -216,7 +216,7 @@ def evaluate(run: Run, data_path: str | None, split: str) -> dict[str, Any]:
 
 def _write_results(
     run: Run,
-    model: VGG,
+    model: Network,
     examples: layouts.Examples,
     root: str,
     split: str,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from model import VGG
+from model import Network
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Trainer(tf.Module):
     """
 
     def __init__(
-        self, model: VGG, settings: Optimisation, phases: list[Phase], new_variables: frozenset[str], seed: int
+        self, model: Network, settings: Optimisation, phases: list[Phase], new_variables: frozenset[str], seed: int
     ):
         super().__init__()
         self.model, self.settings, self.phases = model, settings, phases
@@ -206,7 +206,7 @@ class Trainer(tf.Module):
         return float(loss / examples), float(correct / examples)
 
 
-def compiled_forward(model: VGG, input_stage: str = "conv1") -> Callable[[tf.Tensor], tf.Tensor]:
+def compiled_forward(model: Network, input_stage: str = "conv1") -> Callable[[tf.Tensor], tf.Tensor]:
     """The compiled network from `input_stage` to the logits: x [B, *input_shape] -> [B, classes] float32."""
     shape = model.input_shape(input_stage)
 
