@@ -1,20 +1,27 @@
-"""How every script meets a person: the exception for mistakes they can mend, its exit status, and a quiet start."""
+"""What every script shows a person: one-line errors and exit statuses, progress, signals, a quiet start."""
 
 import argparse
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, TypeVar
+
+from tqdm import tqdm
+
+ENDING_AT_ONCE = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)  # where they come a second time
+STOPPING = (*ENDING_AT_ONCE, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+Batch = TypeVar("Batch")
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message names the thing and the remedy, in one line."""
+    """Something that the user can fix: the message names the thing and the remedy, in one line."""
 
 
 class Stopped(Exception):
@@ -37,20 +44,57 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+class Output:
+    """A text stream that outlives its reader: what is written after a broken pipe or a closed terminal is dropped.
+
+    `gone` then says so, and `StopSignals` ends a run that can be resumed as a signal would. Text that the stream's
+    encoding lacks is escaped.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (None: closed at the start)
+        self.gone = False
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError):
+            self.gone = True
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self.gone = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def exit_status(main: Callable[[], int | None]) -> int:
     """Runs a script's `main` and returns its exit status: a user's mistake is one line on stderr and status 2."""
     try:
         return main() or 0
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if stopped.signal_number != signal.SIGPIPE:  # whoever read our output has seen enough
+            print(stopped, file=sys.stderr)
         return 128 + stopped.signal_number
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: no space left{where}: free some disk and run the same command again", file=sys.stderr)
+        where = one_line(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = f" ({where})" if where else ""
+            print(f"error: no space left{where}: free some disk and run the same command again", file=sys.stderr)
+        else:
+            reason = one_line(error.strerror or error)
+            remedy = "check that this place exists, is yours to use and that its disk works, then run the command again"
+            print(f"error: {where or 'the operating system refused a file'}: {reason}: {remedy}", file=sys.stderr)
+    except MemoryError:
+        print("error: not enough memory: close other programs or lower --batch-size", file=sys.stderr)
     return 2
 
 
@@ -60,18 +104,20 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     While an interpreter shuts down, its other threads can no longer enter it. One that reads images for an abandoned
     `tf.data` iterator would wait for that for ever, and the iterator's end for the thread.
     """
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # for the time of the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = exit_status(main)
     except SystemExit as error:  # of argparse, after --help
         status = int(error.code or 0)
-    except BrokenPipeError:  # whoever read our output has seen enough
-        status = 128 + signal.SIGPIPE
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == 0 and sys.stdout.gone:  # whoever read our output has seen enough
+        status = 128 + signal.SIGPIPE
     os._exit(status)
 
 
@@ -83,6 +129,11 @@ def quiet_tensorflow() -> None:
     From here on a program that is interrupted says so in one line.
     """
     sys.excepthook = _report_exception
+    for descriptor in range(3):  # one closed by the caller would go to the next file opened, and messages into that
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -106,27 +157,61 @@ def _report_exception(kind: type[BaseException], error: BaseException, trace: Tr
         sys.__excepthook__(kind, error, trace)
 
 
-class StopSignals:
-    """While entered, SIGINT and SIGTERM ask the program to stop at its next `check`; a second one ends it at once.
+def progress_bar(total: int, initial: int, description: str, leave: bool = True) -> tqdm:
+    """A bar over images: rate in images/s and the time left; off a terminal a line now and then."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit="img",
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        leave=leave,
+        disable=None if not leave else False,  # None: not off a terminal
+        smoothing=0.05,
+    )
 
-    A thread reads the signals from a pipe, since Python's own handlers wait until the running TensorFlow call returns,
-    which for one step on a CPU can take a minute.
+
+class StopSignals:
+    """While entered, a signal or the loss of standard output asks the program to stop at its next `check`.
+
+    SIGINT, SIGTERM, SIGQUIT, SIGHUP (a closed terminal; not where nohup has it ignored), SIGUSR1 and SIGXCPU (batch
+    systems announce the end of a job by them). A second SIGINT, SIGTERM or SIGQUIT ends the program at once; the others
+    are sent repeatedly by systems. A thread reads the signals from a pipe, since Python's own handlers wait until the
+    running TensorFlow call returns, which for one step on a CPU can take a minute.
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self._received: int | None = None
+
+    @property
+    def received(self) -> int | None:
+        """The first signal that arrived; SIGPIPE where nobody reads standard output any more."""
+        if self._received is None and getattr(sys.stdout, "gone", False):
+            return signal.SIGPIPE
+        return self._received
 
     def check(self) -> None:
         """Raises Stopped once a signal has arrived."""
         if self.received is not None:
             raise Stopped(self.received)
 
+    def watch(
+        self, batches: Iterable[Batch], total: int, description: str, size: Callable[[Batch], int]
+    ) -> Iterator[Batch]:
+        """Yields `batches` under a progress bar of `total` images; raises Stopped between two after a signal."""
+        with progress_bar(total, 0, description, leave=False) as bar:
+            for batch in batches:
+                self.check()
+                yield batch
+                bar.update(size(batch))
+
     def __enter__(self) -> "StopSignals":
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._old_wakeup = signal.set_wakeup_fd(self._write_end)
-        self._old_handlers = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
-        threading.Thread(target=self._watch, daemon=True).start()
+        numbers = [s for s in STOPPING if s in ENDING_AT_ONCE or signal.getsignal(s) != signal.SIG_IGN]
+        self._old_handlers = {s: signal.signal(s, lambda *_: None) for s in numbers}
+        threading.Thread(target=self._read_signals, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,13 +220,20 @@ class StopSignals:
         signal.set_wakeup_fd(self._old_wakeup)
         os.close(self._write_end)  # ends the thread
 
-    def _watch(self) -> None:
+    def _read_signals(self) -> None:
         while number := os.read(self._read_end, 1):
             if number[0] not in self._old_handlers:
                 continue
-            if self.received is not None:
-                os.write(2, b"\nstopped at once; what is saved so far is intact\n")
+            again = self._received is not None
+            if again and number[0] in ENDING_AT_ONCE:
+                _write_to_stderr(b"\nstopped at once; what is saved so far is intact\n")
                 os._exit(128 + number[0])
-            self.received = number[0]
-            os.write(2, b"\nstopping at the next step; a second signal ends at once\n")
+            if not again:
+                self._received = number[0]
+                _write_to_stderr(b"\nstopping at the next step; a second signal ends at once\n")
         os.close(self._read_end)
+
+
+def _write_to_stderr(line: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, line)

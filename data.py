@@ -30,11 +30,14 @@ class Preprocessing:
     image_size: side of the network's square input, pixels.
     crop_margin: the crop is a square of side min(h, w) - 2 * margin, pixels.
     augment: names out of `AUGMENTATIONS`; for random views only.
+    mean_rgb, std_rgb: of each channel, in 0..255; the network sees (value - mean) / std.
     """
 
     image_size: int = 224
     crop_margin: int = 10
     augment: tuple[str, ...] = ()
+    mean_rgb: tuple[float, float, float] = MEAN_RGB
+    std_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 def preprocess(image: tf.Tensor, spec: Preprocessing, seed: tf.Tensor | None = None) -> tf.Tensor:
@@ -57,7 +60,12 @@ def preprocess(image: tf.Tensor, spec: Preprocessing, seed: tf.Tensor | None = N
     crop = tf.image.resize(crop, [spec.image_size, spec.image_size], method="area")  # float32, 0..255
     if seed is not None and spec.augment:
         crop = _augment(crop, spec.augment, seed)
-    return crop - tf.constant(MEAN_RGB)
+    return (crop - tf.constant(spec.mean_rgb)) / tf.constant(spec.std_rgb)
+
+
+def to_picture(x: np.ndarray, spec: Preprocessing) -> np.ndarray:
+    """What the network sees, [..., S, S, 3], as a picture, uint8: the inverse of the last step of `preprocess`."""
+    return np.clip(np.rint(x * spec.std_rgb + spec.mean_rgb), 0, 255).astype(np.uint8)
 
 
 def _augment(image: tf.Tensor, names: tuple[str, ...], seed: tf.Tensor) -> tf.Tensor:
@@ -127,44 +135,64 @@ def image_loader(examples: Examples, spec: Preprocessing, view_seed: int) -> Loa
     return load
 
 
-def train_positions(count: int, seed: int, epoch: tf.Tensor, start: tf.Tensor, views: int = 0) -> tf.data.Dataset:
-    """The (index, view) pairs of one epoch from place `start` on: a permutation of range(count) for each epoch.
+@dataclass(frozen=True)
+class Order:
+    """The order in which a run sees its training examples: a permutation for each epoch, a pure function of the seed.
 
-    The view is the epoch's number, so that no two epochs see the same crop; with `views`, its remainder.
+    count: examples; batch_size: of a step, where the last one of an epoch may be shorter.
+    views: cached random views that the epochs take in turn; 0: every epoch has a random view of its own.
     """
-    view = epoch % views if views else epoch
 
-    def position(place: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    count: int
+    batch_size: int
+    seed: int
+    views: int = 0
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps that visit every example once."""
+        return -(-self.count // self.batch_size)
+
+    def images_before(self, step: int) -> int:
+        """Examples in the steps before `step`."""
+        epoch, within = divmod(step, self.epoch_steps)
+        return epoch * self.count + min(within * self.batch_size, self.count)
+
+    def positions(self, epoch: tf.Tensor, start: tf.Tensor) -> tf.data.Dataset:
+        """The (index, view) pairs of one epoch from place `start` on, int64 scalars."""
+        view = epoch % self.views if self.views else epoch
+        last = tf.constant(self.count - 1, tf.int64)
         # The op of tf.random.experimental.index_shuffle with a whole hash for a key and twice its rounds: that function
         # repeats its orders after 256 epochs or seeds, and with many examples its neighbouring epochs are alike.
-        key = tf.random.stateless_uniform([3], tf.stack([tf.constant(seed, tf.int64), epoch]), None, None, tf.uint32)
-        last = tf.constant(count - 1, tf.int64)
-        return tf.raw_ops.RandomIndexShuffle(index=place, seed=key, max_index=last, rounds=8), view
+        seed = tf.stack([tf.constant(self.seed, tf.int64), epoch])
+        key = tf.random.stateless_uniform([3], seed, None, None, tf.uint32)
 
-    return tf.data.Dataset.range(start, count).map(position)
+        def position(place: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return tf.raw_ops.RandomIndexShuffle(index=place, seed=key, max_index=last, rounds=8), view
+
+        return tf.data.Dataset.range(start, self.count).map(position)
+
+    def indices(self, step: int) -> list[int]:
+        """The examples of one step."""
+        epoch, within = divmod(step, self.epoch_steps)
+        start = tf.constant(within * self.batch_size, tf.int64)
+        positions = self.positions(tf.constant(epoch, tf.int64), start).take(self.batch_size)
+        return [int(index) for index, _ in positions.as_numpy_iterator()]
 
 
-def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Steps that visit every example once; the last one of an epoch may be a short batch."""
-    return -(-count // batch_size)
+def train_batches(load: Load, labels: np.ndarray, order: Order, first_step: int, end_step: int) -> tf.data.Dataset:
+    """Batches (x, labels int64 [B], indices int64 [B]) of the steps [first_step, end_step) of a run.
 
-
-def train_batches(
-    load: Load, labels: np.ndarray, batch_size: int, seed: int, first_step: int, last_step: int, views: int = 0
-) -> tf.data.Dataset:
-    """Batches (x, labels int64 [B], indices int64 [B]) of the steps first_step ... last_step - 1 of the run's stream.
-
-    Step s is always the same batch, wherever the stream starts. `last_step` must end an epoch.
+    Step s is always the same batch, wherever the stream starts. `end_step` must end an epoch.
     """
-    count = len(labels)
-    epoch_steps = steps_per_epoch(count, batch_size)
-    first_epoch, first_start = first_step // epoch_steps, first_step % epoch_steps * batch_size
+    first_epoch, within = divmod(first_step, order.epoch_steps)
+    first_start = within * order.batch_size
 
     def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
         start = tf.where(epoch == first_epoch, tf.constant(first_start, tf.int64), tf.constant(0, tf.int64))
-        return load(train_positions(count, seed, epoch, start, views), batch_size)
+        return load(order.positions(epoch, start), order.batch_size)
 
-    epochs = tf.data.Dataset.range(first_epoch, last_step // epoch_steps)
+    epochs = tf.data.Dataset.range(first_epoch, end_step // order.epoch_steps)
     return _with_labels(epochs.flat_map(epoch_batches), labels)
 
 
@@ -177,11 +205,3 @@ def ordered_batches(load: Load, labels: np.ndarray, batch_size: int, view: int =
 def _with_labels(batches: tf.data.Dataset, labels: np.ndarray) -> tf.data.Dataset:
     table = tf.constant(labels, tf.int64)
     return batches.map(lambda x, indices: (x, tf.gather(table, indices), indices)).prefetch(2)
-
-
-def indices_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The examples of one training step, recomputed."""
-    epoch, within = divmod(step, steps_per_epoch(count, batch_size))
-    start = tf.constant(within * batch_size, tf.int64)
-    positions = train_positions(count, seed, tf.constant(epoch, tf.int64), start).take(batch_size)
-    return [int(index) for index, _ in positions.as_numpy_iterator()]

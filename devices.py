@@ -1,9 +1,13 @@
-"""What the hardware offers: precision and CPU cores."""
+"""What the hardware offers: precision, CPU cores and threads."""
 
 import os
 from pathlib import Path
 
 import tensorflow as tf
+
+from files import warn_once
+
+LEAST_THREADS = 8
 
 
 def compute_dtype(precision: str) -> tf.DType:
@@ -26,3 +30,23 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Threads that a new run divides an operation among.
+
+    The number of threads decides how a sum is divided and so how it is rounded. At least `LEAST_THREADS`, so that
+    machines of up to so many cores give the same bits; more threads than cores cost little (docs/reliability.md).
+    """
+    return max(LEAST_THREADS, cores())
+
+
+def use_threads(count: int) -> None:
+    """Divides every CPU operation among `count` threads; to be called before TensorFlow computes anything."""
+    try:
+        tf.config.threading.set_intra_op_parallelism_threads(count)
+    except RuntimeError:
+        used = tf.config.threading.get_intra_op_parallelism_threads() or cores()
+        warn_once(
+            f"TensorFlow already uses {used} threads, not the {count} of this run: results can differ in rounding"
+        )

@@ -1,10 +1,14 @@
-"""Writing files so that another program never reads half of one: aside first, then renamed."""
+"""Writing files so that another program never reads half of one (aside first, then renamed), and opening our own."""
 
 import csv
+import errno
+import functools
 import io
 import json
 import math
 import os
+import stat
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from console import UserError, one_line
+
+# What file systems answer that lack a call (CIFS, FUSE, some network file systems): the call's promise is missing, the
+# data are not.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
@@ -27,10 +37,56 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield aside
         with open(aside, "rb") as file:
-            os.fsync(file.fileno())  # else a power cut can leave the new name with no content
+            flush_to_disk(file.fileno())  # else a power cut can leave the new name with no content
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """`os.fsync`; where the file system has no such call, one warning."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once("this file system can't flush files to the disk: a power cut may lose the newest ones")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning on stderr, the first time only."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file of ours (created where `flags` say so); links are not followed.
+
+    Raises UserError for a link, a folder, a FIFO or a device in its place, without waiting; OSError as `os.open`.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    raise UserError(f"{one_line(os.fspath(path))} is a link or no regular file, which is not ours: move it away")
+
+
+def check_writable(flag: str, path: str | os.PathLike[str]) -> None:
+    """Raises UserError, before work is done, where `write_text` to `path`, the value of `flag`, would fail."""
+    path = Path(path)
+    aside = path.with_name(f".tmp-{uuid.uuid4().hex}") if path.name else path
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        aside.touch()
+        aside.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {one_line(path)}: can't be written: {error.strerror}; name another file") from None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

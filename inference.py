@@ -1,5 +1,10 @@
 """Predicts the classes of images with a trained run: python inference.py IMAGE|FOLDER|GLOB ... [--run DIR]."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import csv
 import glob
 import io
@@ -7,9 +12,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 
-from console import ArgumentParser, UserError, one_line, quiet_tensorflow, run_script
+from console import ArgumentParser, Stopped, UserError, one_line, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -17,9 +22,10 @@ import numpy as np
 import tensorflow as tf
 
 import data
+import devices
 from dataset import images
 from dataset.layouts import is_image_name
-from files import write_text
+from files import check_writable, write_text
 from reports import metrics
 from run import Run, newest_run
 from training.step import compiled_forward
@@ -49,7 +55,9 @@ def find_files(patterns: list[str]) -> list[str]:
 
 def predict(run: Run, files: list[str], top: int) -> Iterator[tuple[str, Prediction]]:
     """Yields each file, in order, with its prediction or with the reason why there is none."""
-    class_names, spec, model = run.config()["class_names"], run.preprocessing(), run.load_model()
+    config = run.config()
+    devices.use_threads(config.threads or devices.cores())
+    class_names, spec, model = config.class_names, config.preprocessing, run.load_model()
     forward = compiled_forward(model)
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)])
@@ -62,10 +70,10 @@ def predict(run: Run, files: list[str], top: int) -> Iterator[tuple[str, Predict
         except images.ImageError as error:
             return error.reason
 
-    with ThreadPool() as pool:
+    with ThreadPoolExecutor(devices.cores()) as pool:
         for start in range(0, len(files), BATCH_SIZE):
             names = files[start : start + BATCH_SIZE]
-            inputs = pool.map(read, names)
+            inputs = list(pool.map(read, names))
             good = [x for x in inputs if not isinstance(x, str)]
             rows = iter(metrics.softmax(forward(tf.stack(good)).numpy()) if good else ())
             for name, x in zip(names, inputs, strict=True):
@@ -98,6 +106,15 @@ def format_prediction(name: str, prediction: Prediction, form: str) -> str:
     return f"{one_line(name)}\n" + "".join(f"  {p:7.4f}  {one_line(c)}\n" for c, p in prediction)
 
 
+def write_results(pieces: list[str]) -> None:
+    """Writes to standard output, where odd bytes of a file name go out as they came in."""
+    try:
+        sys.stdout.buffer.write("".join(pieces).encode(errors="surrogateescape"))
+        sys.stdout.buffer.flush()
+    except (OSError, ValueError):
+        raise Stopped(signal.SIGPIPE) from None  # nobody reads them
+
+
 def main() -> int:
     parser = ArgumentParser(description="Predict the classes of images with a trained run.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or globs")
@@ -108,7 +125,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: must be at least 1")
-    run = Run(arguments.run) if arguments.run else newest_run()
+    if arguments.output:
+        check_writable("--output", arguments.output)
+    run = newest_run() if arguments.run is None else Run(arguments.run)
     pieces = ["image,rank,class,probability,error\n"] if arguments.format == "csv" else []
     failed = 0
     files = find_files(arguments.images)
@@ -118,12 +137,16 @@ def main() -> int:
             print(f"error: {one_line(name)}: {prediction}", file=sys.stderr)
         pieces.append(format_prediction(name, prediction, arguments.format))
         if not arguments.output:
-            # Odd bytes of a file name go out as they came in.
-            sys.stdout.buffer.write("".join(pieces).encode(errors="surrogateescape"))
-            sys.stdout.buffer.flush()
+            write_results(pieces)
             pieces.clear()
     if arguments.output:
-        write_text(arguments.output, "".join(pieces))
+        try:
+            write_text(arguments.output, "".join(pieces))
+        except OSError as error:
+            write_results(pieces)  # what was computed is not lost
+            raise UserError(
+                f"--output {arguments.output}: {error.strerror}; the results are on standard output"
+            ) from None
     # Some bad images are a partial result; with none that can be read there is no result.
     return 0 if not failed else 2 if failed == len(files) else 1
 

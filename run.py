@@ -1,7 +1,8 @@
 """The run directory: one folder that holds everything a training run leaves, and all that other commands need of it.
 
-config.json   settings, classes, counts, preprocessing, versions, command line
+config.json   settings, classes, counts, preprocessing, versions, command line: a `RunConfig`
 classes.txt   class names, a line each
+images.csv    the images of the run: class, split, size, times and a hash of the content of each
 metrics.jsonl a line per log event: values that depend on the seed alone, equal however often the run was killed
 timing.jsonl  a line per line of metrics.jsonl: seconds and images/s, which depend on the machine
 train/, val/  TensorBoard event files
@@ -10,11 +11,17 @@ best/         the checkpoint with the highest validation accuracy, variables onl
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import re
+import sys
+import types
+import typing
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +31,151 @@ import tensorflow as tf
 from console import UserError, one_line
 from data import Preprocessing
 from devices import compute_dtype
-from files import write_json, write_text
+from files import UNSUPPORTED, flush_to_disk, open_regular, warn_once, write_json, write_text
 from model import Network
 
 Arrays = dict[str, np.ndarray]
+FORMAT = 2  # of config.json; 1 had no such number
+FOLDERS = ("train", "val", "latest", "best")
+MOST_BYTES = 2**30  # of a text file of a run
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps [first_step, end_step) of a run, in which the stages from `train_from` on are trained.
+
+    Their input is what enters `input_stage`: images (the network's first stage), or `views` cached views of the
+    activations there.
+    """
+
+    name: str
+    train_from: str
+    input_stage: str
+    views: int
+    first_step: int
+    end_step: int
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The data set that a run was begun with.
+
+    path: DATA as given, absolute; root: the folder that the names of images are relative to.
+    digest: of every name with its class and split; content: of the content of every image used ("": not recorded).
+    """
+
+    root: str
+    layout: str
+    digest: str
+    path: str = ""
+    content: str = ""
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The arguments of `Network` but for the compute dtype."""
+
+    network: str
+    head: str
+    class_count: int
+    image_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class WeightsRecord:
+    """Where the first values came from, and what became of every name: see `weights.restore.RestoreReport`."""
+
+    source: str
+    summary: str
+    restored: list[str] = field(default_factory=list)
+    new: list[Any] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is decided when a run begins and kept when it is resumed: the content of config.json.
+
+    settings: every field of `training.settings.Settings` by name; counts: images of each split.
+    excluded: relative names of bad images that the run leaves out; new_variables: names not restored.
+    threads: CPU threads that an operation is divided among, which decides how sums are rounded (0: not recorded).
+    """
+
+    command: list[str]
+    created: str
+    settings: dict[str, Any]
+    class_names: tuple[str, ...]
+    counts: dict[str, int]
+    data: DataRecord
+    model: ModelRecord
+    head_reason: str
+    precision: str
+    preprocessing: Preprocessing
+    phases: tuple[Phase, ...]
+    pretrained: WeightsRecord
+    new_variables: list[str]
+    versions: dict[str, str]
+    excluded: list[str] = field(default_factory=list)
+    threads: int = 0
+    format: int = FORMAT
+
+    @classmethod
+    def from_json(cls, value: Any) -> "RunConfig":
+        """Of a parsed config.json of this or an earlier version; ValueError says what is wrong with it."""
+        version = value.get("format", 1) if isinstance(value, dict) else 0
+        if not isinstance(version, int) or version > FORMAT:
+            raise ValueError(f"written by a later version (format {version}; this one reads up to {FORMAT}): update")
+        if version == 1 and isinstance(value.get("phases"), list):
+            phases = [
+                {**phase, "end_step": phase.get("last_step")} if isinstance(phase, dict) else phase
+                for phase in value["phases"]
+            ]
+            value = {**value, "phases": phases, "format": 1}
+        return typing.cast(RunConfig, _typed(cls, value, ""))
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """`value`, parsed from JSON, as `kind`: a dataclass (unknown fields are ignored), a container, or a plain type."""
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints, found = typing.get_type_hints(kind), {}
+        for item in dataclasses.fields(kind):
+            place = f"{name}.{item.name}" if name else item.name
+            if item.name in value:
+                found[item.name] = _typed(hints[item.name], value[item.name], place)
+            elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{place} is missing")
+        return typing.cast(Any, kind)(**found)
+    if kind is Any:
+        return value
+    if origin in (list, tuple) and isinstance(value, list):
+        if origin is tuple and arguments[-1] is not ... and len(value) != len(arguments):
+            raise ValueError(f"{name} has {len(value)} values, not {len(arguments)}")
+        return origin(_typed(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (
+        isinstance(origin, type | types.UnionType)
+        and isinstance(value, origin)
+        and isinstance(value, bool) == (kind is bool)
+    ):
+        return value
+    raise ValueError(f"{name or 'the content'} is {one_line(repr(value)[:60])}, not {getattr(kind, '__name__', kind)}")
 
 
 class Run:
-    """Reads and writes one run directory. Files that others may read are written aside and renamed."""
+    """Reads and writes one run directory. Files that others may read are written aside and renamed.
+
+    Nothing in it is read or written through a link, and nothing that another program put there is deleted.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        if not os.fspath(path):
+            raise UserError("--run '': give the name of a folder")
         # TensorFlow takes a checkpoint's path for a pattern and a UTF-8 string: it would write one and never find it.
         if re.search(r"[\[\\\ud800-\udfff]", os.fspath(path)):
             raise UserError(
@@ -44,59 +185,91 @@ class Run:
     # -- config ------------------------------------------------------------------------------------------------------
 
     def exists(self) -> bool:
-        return (self.path / "config.json").is_file()
+        """Whether the folder is a run; raises UserError where it holds something else."""
+        if (self.path / "config.json").is_file():
+            for name in FOLDERS:
+                folder = self.path / name
+                if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                    raise UserError(f"{folder} is a link or no folder, which is not ours: move it away")
+            return True
+        try:
+            others = [name for name in os.listdir(self.path) if name != ".lock" and not name.startswith(".tmp-")]
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise UserError(f"--run {self.path}: can't be used as a folder: {error.strerror}") from None
+        # A run that was killed while it was created has at most these two.
+        if others and set(others) - {"classes.txt", "images.csv"}:
+            raise UserError(
+                f"--run {self.path}: not empty and no run (no config.json), it holds {one_line(min(others))!r}: "
+                "name a new folder"
+            )
+        return False
 
-    def create(self, config: Mapping[str, Any]) -> None:
+    def create(self, config: RunConfig) -> None:
         """Makes the folder with its `config.json` and `classes.txt`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "classes.txt", "".join(f"{one_line(name)}\n" for name in config["class_names"]))
-        write_json(self.path / "config.json", config)  # last: its presence is what makes the folder a run
+        write_text(self.path / "classes.txt", "".join(f"{one_line(name)}\n" for name in config.class_names))
+        # Last: its presence is what makes the folder a run.
+        write_json(self.path / "config.json", dataclasses.asdict(config))
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> RunConfig:
         """Raises UserError where the folder is no run or its config can't be read."""
         file = self.path / "config.json"
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return RunConfig.from_json(json.loads(self._read_text("config.json")))
         except FileNotFoundError:
             raise UserError(f"{self.path}: not a run directory (no config.json); train one with train.py") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read: {error}") from None
-
-    def preprocessing(self) -> Preprocessing:
-        """What the run's network was trained to see."""
-        fields = self.config()["preprocessing"]
-        return Preprocessing(fields["image_size"], fields["crop_margin"], tuple(fields["augment"]))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{file}: not the record of a run: {one_line(error)[:200]}; restore that file, or train again"
+            ) from None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Refuses a second process that wants to write this run; the lock goes with the process, however it ends."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+            descriptor = open_regular(self.path / ".lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise UserError(f"--run {self.path}: can't be written: {error.strerror}") from None
-        with lock:
+        with os.fdopen(descriptor, "r+"):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.path}: another process is training this run; wait for it or stop it") from None
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                warn_once(f"{self.path}: this file system has no locks: start no second process on this run")
             yield
 
     # -- files -------------------------------------------------------------------------------------------------------
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a JSON-lines file up to the first damaged line, such as a half-written last one."""
-        file = self.path / name
+        """The records of a log up to the first damaged line, such as a half-written last one."""
         records: list[dict[str, Any]] = []
-        if file.is_file():
-            with contextlib.suppress(ValueError):
-                for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-                    records.append(json.loads(line))  # noqa: PERF401
+        with contextlib.suppress(ValueError, RecursionError, FileNotFoundError):
+            for line in self._read_text(name).split("\n")[:-1]:
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "split" not in record:
+                    break
+                records.append(record)
         return records
 
     def append_line(self, name: str, record: Mapping[str, Any]) -> None:
-        with open(self.path / name, "a", encoding="utf-8") as file:
+        descriptor = open_regular(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with open(descriptor, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def _read_text(self, name: str) -> str:
+        with open(open_regular(self.path / name), encoding="utf-8", errors="replace") as file:
+            text = file.read(MOST_BYTES)
+        if len(text) == MOST_BYTES:
+            raise ValueError(f"{name} is larger than any that a run writes")
+        return text
 
     def keep_lines(self, name: str, count: int) -> None:
         """Drops what a killed process logged after its last checkpoint: those steps are about to be done again."""
@@ -133,7 +306,7 @@ class Run:
             ) from None
         for part in folder.glob(f"{prefix.name}.*"):
             with open(part, "rb") as file:
-                os.fsync(file.fileno())  # before an older checkpoint goes
+                flush_to_disk(file.fileno())  # before an older checkpoint goes
         kept = [*older, prefix][-keep:]
         names = [file.name for file in kept]
         pointer = [f'model_checkpoint_path: "{names[-1]}"', *(f'all_model_checkpoint_paths: "{n}"' for n in names)]
@@ -164,17 +337,40 @@ class Run:
             raise UserError(f"{'; '.join(warnings)}; no intact checkpoint is left: delete {self.path / kind}")
         return None
 
+    def has_checkpoint(self, *kinds: str) -> bool:
+        """Whether there is a checkpoint of one of `kinds`; default: any."""
+        return any(_prefixes(self.path / kind) for kind in kinds or ("best", "latest"))
+
     def load_model(self) -> Network:
         """The network to predict with: `best`, or `latest` in a run that has no validation behind it yet."""
-        config = self.config()
-        model = Network(**config["model"], compute_dtype=compute_dtype(config["precision"]))
+        network = new_network(self.config())
+        self.load_best(network)
+        return network
+
+    def load_best(self, network: Network) -> None:
+        """Assigns to `network` what `load_model` gives."""
         for kind in ("best", "latest"):
-            loaded = self.load(kind)
-            if loaded:
-                for name, variable in model.variables_by_name.items():
-                    variable.assign(loaded[0][name])
-                return model
+            if loaded := self.load(kind):
+                return self.assign(network.variables_by_name, loaded[0], kind)
         raise UserError(f"{self.path}: no checkpoint yet; run train.py with --run {self.path} to its first validation")
+
+    def assign(self, variables: Mapping[str, tf.Variable], arrays: Arrays, kind: str) -> None:
+        """Gives each variable its array of a loaded checkpoint; UserError where one is missing or has another shape."""
+        for name, variable in variables.items():
+            array = arrays.get(name)
+            if array is None or array.shape != tuple(variable.shape):
+                what = "is missing" if array is None else f"has shape {list(array.shape)}, not {list(variable.shape)}"
+                raise UserError(
+                    f"{self.path / kind}: not a checkpoint of this run: {name} {what}; delete that folder and run "
+                    "train.py again, or restore both it and config.json"
+                )
+        for name, variable in variables.items():
+            variable.assign(arrays[name])
+
+
+def new_network(config: RunConfig) -> Network:
+    """The network of a run, at its initial values."""
+    return Network(**dataclasses.asdict(config.model), compute_dtype=compute_dtype(config.precision))
 
 
 def _serial(prefix: Path) -> int:
@@ -188,8 +384,27 @@ def _prefixes(folder: Path) -> list[Path]:
 
 
 def newest_run(parent: str | os.PathLike[str] = "checkpoints") -> Run:
-    """The run below `parent` that was created last; UserError where there is none."""
-    configs = list(Path(parent).glob("*/config.json"))
-    if not configs:
-        raise UserError(f"no run in {parent}/ yet: train one with train.py, or name one with --run")
-    return Run(max(configs, key=lambda file: file.stat().st_mtime_ns).parent)
+    """The run below `parent` that was created last and has a checkpoint; says on stderr which that is.
+
+    Raises UserError where there is none.
+    """
+    runs: list[tuple[float, str, Run]] = []
+    for file in sorted(Path(parent).glob("*/config.json")):
+        with contextlib.suppress(UserError):  # a damaged run must not hide the others
+            run = Run(file.parent)
+            if run.has_checkpoint():
+                runs.append((_seconds(run.config().created), file.parent.name, run))
+    if not runs:
+        raise UserError(f"no run with a checkpoint in {parent}/ yet: train one with train.py, or name one with --run")
+    run = max(runs, key=lambda entry: entry[:2])[2]
+    print(f"run {one_line(run.path)}", file=sys.stderr)
+    return run
+
+
+def _seconds(created: str) -> float:
+    """Seconds since 1970 of a date as config.json has it; 0 for what is none."""
+    with contextlib.suppress(ValueError):
+        return datetime.strptime(created, "%Y-%m-%dT%H:%M:%S.%f%z").timestamp()
+    with contextlib.suppress(ValueError):
+        return datetime.strptime(created, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    return 0.0

@@ -1,4 +1,9 @@
-"""Fine-tunes VGG on your own images: python train.py DATA [flags]."""
+"""Fine-tunes an ImageNet-pretrained network on your own images: python train.py DATA [flags]."""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import hashlib
 import json
@@ -17,7 +22,7 @@ from training.settings import Settings, add_flags
 
 def parse_arguments(arguments: list[str]) -> tuple[str, str | None, Settings]:
     """DATA, --run, and the settings."""
-    parser = ArgumentParser(description="Fine-tune an ImageNet-pretrained VGG on your own images.")
+    parser = ArgumentParser(description="Fine-tune an ImageNet-pretrained network on your own images.")
     layouts = "a folder (Food-101, split folders, a folder per class) or a CSV (path,label[,split])"
     parser.add_argument("data", metavar="DATA", help=layouts)
     parser.add_argument("--run", help="run directory; one that exists is resumed (default: checkpoints/<time>-<hash>)")
@@ -34,7 +39,7 @@ def main() -> int:
     try:
         results = train(settings, data, Run(run), sys.argv)
     except Stopped as stopped:
-        print(f"{stopped}; go on with the same command and --run {shlex.quote(run)}", file=sys.stderr)
+        print(f"{stopped}; resume with the same command and --run {shlex.quote(run)}", file=sys.stderr)
         return 128 + stopped.signal_number
     print(
         f"validation accuracy of the best checkpoint {results['accuracy']:.4f}, loss {results['log_loss']:.4f}\n"

@@ -28,7 +28,7 @@ class EventWriter:
             for file in folder.glob("events.out.tfevents.*"):
                 file.unlink()
             self._writers[name] = tf.summary.create_file_writer(str(folder))
-        settings = run.config()["settings"]
+        settings = run.config().settings
         with self._writers["run"].as_default():
             # The HParams tab finds the scores of train/ and val/ below the folder that holds this record.
             hparams.hparams({k: v for k, v in settings.items() if isinstance(v, int | float | str)}, run.path.name)

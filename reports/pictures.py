@@ -142,7 +142,7 @@ def draw_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]])
             axes.plot(_column(lines, "epoch"), _column(lines, key), line, color=colour, marker=few, label=label,
                       markersize=5, linewidth=1.4)  # fmt: skip
     rates = [record for record in records if math.isfinite(_number(record.get("learning_rate")))]
-    for _, group in itertools.groupby(rates, key=lambda record: record["stage"]):  # no line from stage to stage
+    for _, group in itertools.groupby(rates, key=lambda record: record.get("phase", record.get("stage"))):  # no line from stage to stage
         lines = list(group)
         panels[2].plot(_column(lines, "epoch"), _column(lines, "learning_rate"), color=GREEN,
                        marker="." if len(rates) <= 100 else "", linewidth=1.4)  # fmt: skip
@@ -169,7 +169,8 @@ def stage_changes(records: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
     A stage begins where the one before left its last record, which is its last validation, not one log interval later.
     """
     pairs = itertools.pairwise(records)
-    return [(float(a["epoch"]), str(b["stage"])) for a, b in pairs if a["stage"] != b["stage"]]
+    named = [(a, b, *(r.get("phase", r.get("stage")) for r in (a, b))) for a, b in pairs]
+    return [(float(a["epoch"]), str(y)) for a, b, x, y in named if x != y]
 
 
 def _mark_stages(panels: Sequence[Axes], records: Sequence[dict[str, Any]]) -> None:

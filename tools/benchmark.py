@@ -16,20 +16,22 @@ import numpy as np
 
 import data
 from reports.tables import table
-from training import plan
-from training.session import cached_loads, readable_failures
+from run import Phase
+from training.evaluation import readable_failures
+from training.session import prepare
 from training.settings import Settings, add_flags
-from training.step import Phase, Trainer
+from training.step import Trainer, decay_over
 
 WARM_UP = 2  # steps of each way that are not counted
 
 
 def timed_steps(
-    trainer: Trainer, phase: Phase, load: data.Load, labels: np.ndarray, batch_size: int
+    trainer: Trainer, phase: Phase, load: data.Load, labels: np.ndarray, order: data.Order
 ) -> Iterator[float]:
     """Seconds of one step after another, reading its batch included; the device's work has ended at each."""
-    step = trainer.train_step(phase)
-    batches = iter(data.train_batches(load, labels, batch_size, 0, 0, phase.last_step, phase.views))
+    step = trainer.train_step(phase, decay_over(phase, trainer.settings))
+    order = dataclasses.replace(order, views=phase.views)
+    batches = iter(data.train_batches(load, labels, order, 0, phase.end_step))
     while True:
         begin = time.perf_counter()
         x, y, _ = next(batches)
@@ -40,30 +42,26 @@ def timed_steps(
 
 def compare(settings: Settings, data_path: str, steps: int) -> dict[str, list[float]]:
     """{way: seconds of each of its `steps` steps}."""
-    found = plan.find_images(settings, data_path)
-    config, arrays = plan.new_config(settings, found, command=[])
-    train = plan.usable_examples(settings, found, config["excluded"])["train"]
+    prepared = prepare(settings, data_path)
+    train, images = prepared.examples["train"], prepared.network.stages[0]
     used = train.subset(list(range(min(len(train), settings.batch_size * 4))))
-    planned = Phase(**config["phases"][-1])
-    if planned.train_from == "conv1":
-        raise UserError("--train-from conv1: nothing is frozen, so nothing can be cached; name a later stage")
-    phase = dataclasses.replace(
-        planned, first_step=0, last_step=data.steps_per_epoch(len(used), settings.batch_size) * 10**6
-    )
+    planned = prepared.config.phases[-1]
+    if planned.train_from == images:
+        raise UserError(f"--train-from {images}: nothing is frozen, so nothing can be cached; name a later stage")
+    order = data.Order(len(used), settings.batch_size, settings.seed)
+    phase = dataclasses.replace(planned, first_step=0, end_step=order.epoch_steps * 10**6)
     ways = {
         "cached": dataclasses.replace(phase, input_stage=phase.train_from, views=max(1, phase.views)),
-        "uncached": dataclasses.replace(phase, input_stage="conv1", views=0),
+        "uncached": dataclasses.replace(phase, input_stage=images, views=0),
     }
-    trainer = plan.make_trainer(config, settings, used, list(ways.values()))
-    plan.restore_pretrained(trainer.model, arrays, config["pretrained"]["source"])
-    spec = plan.preprocessing(settings)
+    trainer = prepared.trainer(list(ways.values()))
     with StopSignals() as stop:
-        cached = cached_loads(trainer.model, [ways["cached"]], {"train": used}, spec, settings.cache_dir, stop)
+        cached = prepared.cached_loads([ways["cached"]], {"train": used}, stop)
         loads = {
             "cached": cached[phase.train_from]["train"],
-            "uncached": data.image_loader(used, spec, settings.seed),
+            "uncached": data.image_loader(used, prepared.config.preprocessing, settings.seed),
         }
-        timers = {way: timed_steps(trainer, ways[way], loads[way], used.labels, settings.batch_size) for way in ways}
+        timers = {way: timed_steps(trainer, ways[way], loads[way], used.labels, order) for way in ways}
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(WARM_UP + steps):
             for way, timer in timers.items():

@@ -19,54 +19,46 @@ from matplotlib.figure import Figure
 
 import data
 from console import ArgumentParser, StopSignals
-from files import write_csv
+from files import check_writable, write_csv
 from reports.pictures import BLUE, ORANGE, save_figure
-from training import plan
-from training.loop import progress_bar
-from training.session import cached_loads, readable_failures
+from training.evaluation import readable_failures
+from training.session import prepare
 from training.settings import Settings, add_flags
-from training.step import Phase, Trainer
+from training.step import Schedule
 
 SMOOTHING = 0.9  # of the exponential mean of the loss
 DIVERGED = 4.0  # times the smallest smoothed loss: the test ends
 
 
-class RangeTrainer(Trainer):
-    """Its learning rate grows from the end to the start learning rate of its settings, by one factor a step."""
-
-    def learning_rate(self, phase: Phase, step: tf.Tensor) -> tf.Tensor:
-        lowest, highest = self.settings.end_learning_rate, self.settings.learning_rate
-        return lowest * (highest / lowest) ** (tf.cast(step, tf.float32) / float(phase.last_step - 1))
+def exponential(steps: int, lowest: float, highest: float) -> Schedule:
+    """A learning rate that grows from `lowest` to `highest` by one factor a step."""
+    return lambda step: lowest * (highest / lowest) ** (tf.cast(step, tf.float32) / float(steps - 1))
 
 
 def range_test(settings: Settings, data_path: str, steps: int) -> list[tuple[float, float]]:
     """(learning rate, loss of the batch) of each step, until the loss diverges."""
-    found = plan.find_images(settings, data_path)
-    config, arrays = plan.new_config(settings, found, command=[])
-    train = plan.usable_examples(settings, found, config["excluded"])["train"]
-    planned = Phase(**config["phases"][-1])
-    epoch_steps = data.steps_per_epoch(len(train), settings.batch_size)
-    steps = -(-steps // epoch_steps) * epoch_steps
-    phase = dataclasses.replace(planned, first_step=0, last_step=steps)
-    trainer = plan.make_trainer(config, settings, train, [phase], RangeTrainer)
-    plan.restore_pretrained(trainer.model, arrays, config["pretrained"]["source"])
-    spec = plan.preprocessing(settings)
+    prepared = prepare(settings, data_path)
+    config, train = prepared.config, prepared.examples["train"]
+    order = data.Order(len(train), settings.batch_size, settings.seed, config.phases[-1].views)
+    steps = -(-steps // order.epoch_steps) * order.epoch_steps
+    phase = dataclasses.replace(config.phases[-1], first_step=0, end_step=steps)
+    schedule = exponential(steps, settings.end_learning_rate, settings.learning_rate)
+    trainer = prepared.trainer([phase])
+    curve: list[tuple[float, float]] = []
     with StopSignals() as stop:
-        loads = cached_loads(trainer.model, [phase], {"train": train}, spec, settings.cache_dir, stop)
-        load = loads[phase.input_stage]["train"] if phase.views else data.image_loader(train, spec, settings.seed)
-        batches = data.train_batches(load, train.labels, settings.batch_size, settings.seed, 0, steps, phase.views)
-        train_step = trainer.train_step(phase)
-        curve: list[tuple[float, float]] = []
-        with progress_bar(steps * settings.batch_size, 0, "range test", leave=False) as bar:
-            for step, (x, labels, _) in enumerate(batches):
-                train_step(x, labels)
-                loss, _ = trainer.take_sums()
-                curve.append((float(trainer.learning_rate(phase, tf.constant(step, tf.int64))), loss))
-                bar.update(len(labels))
-                stop.check()
-                smooth = smoothed([loss for _, loss in curve])
-                if not np.isfinite(loss) or smooth[-1] > DIVERGED * smooth.min():
-                    break
+        load = data.image_loader(train, config.preprocessing, settings.seed)
+        if phase.views:
+            load = prepared.cached_loads([phase], {"train": train}, stop)[phase.input_stage]["train"]
+        batches = data.train_batches(load, train.labels, order, 0, steps)
+        train_step = trainer.train_step(phase, schedule)
+        watched = stop.watch(batches, order.images_before(steps), "range test", size=lambda batch: len(batch[0]))
+        for step, (x, labels, _) in enumerate(watched):
+            train_step(x, labels)
+            loss, _ = trainer.take_sums()
+            curve.append((float(schedule(tf.constant(step, tf.int64))), loss))
+            smooth = smoothed([loss for _, loss in curve])
+            if not np.isfinite(loss) or smooth[-1] > DIVERGED * smooth.min():
+                break
     return curve
 
 
@@ -109,6 +101,7 @@ def main() -> int:
     data_path, output, steps = values.pop("data"), values.pop("output"), values.pop("steps")
     if steps < 20:
         raise UserError(f"--steps {steps}: must be at least 20")
+    check_writable("--output", output)
     with readable_failures():
         curve = range_test(Settings.from_dict(values), data_path, steps)
     rates, losses = (np.array(column) for column in zip(*curve, strict=True))

@@ -19,14 +19,15 @@ from tqdm import tqdm
 
 import data
 from dataset import layouts
-from files import write_csv
+from files import check_writable, write_csv
 from reports import metrics
 from reports.pictures import BLUE, save_figure
 from reports.tables import table
-from training import plan
-from training.session import cached_loads, readable_failures
+from run import Phase
+from training.evaluation import readable_failures
+from training.session import Prepared, prepare
 from training.settings import Settings, add_flags
-from training.step import Phase, compiled_forward, predict
+from training.step import compiled_forward, decay_over, predict
 
 Row = tuple[int, int, float, float]  # images per class, seed, validation accuracy, validation loss
 
@@ -34,44 +35,41 @@ Row = tuple[int, int, float, float]  # images per class, seed, validation accura
 def learning_curve(settings: Settings, data_path: str, counts: list[int], seeds: int, steps: int) -> list[Row]:
     """Trains a head of `steps` steps for each number of images per class and each seed; the last step counts."""
     settings = dataclasses.replace(settings, train_from="head", head_epochs=0, examples_per_class=0)
-    found = plan.find_images(settings, data_path)
-    config, arrays = plan.new_config(settings, found, command=[])
-    examples = plan.usable_examples(settings, found, config["excluded"])
-    train, val = examples["train"], examples["val"]
+    prepared = prepare(settings, data_path)
+    train, val = prepared.examples["train"], prepared.examples["val"]
     # One cache serves every run: it holds the images of the largest draw of any seed.
     drawn = [layouts.take_per_class(train, max(counts), seed) for seed in range(seeds)]
     union = sorted({path for draw in drawn for path in draw.paths})
     position = {path: index for index, path in enumerate(train.paths)}
     pool = train.subset([position[path] for path in union])
-    phase = Phase(**config["phases"][-1])
-    network = plan.make_trainer(config, settings, pool, [phase]).model
-    plan.restore_pretrained(network, arrays, config["pretrained"]["source"])
+    phase = prepared.config.phases[-1]
+    head = prepared.network.variables_from(phase.train_from)
+    start = {name: variable.numpy() for name, variable in head.items()}
+    rows: list[Row] = []
     with StopSignals() as stop:
-        splits = {"train": pool, "val": val}
-        spec = plan.preprocessing(settings)
-        loads = cached_loads(network, [phase], splits, spec, settings.cache_dir, stop)[phase.input_stage]
-        rows: list[Row] = []
+        loads = prepared.cached_loads([phase], {"train": pool, "val": val}, stop)[phase.input_stage]
         for count, seed in tqdm([(n, seed) for n in counts for seed in range(seeds)], unit="run", leave=False):
+            for name, variable in head.items():
+                variable.assign(start[name])
             chosen = layouts.take_per_class(train, count, seed)
             run = dataclasses.replace(settings, seed=seed)
-            logits = _train_head(run, config, arrays, phase, loads, pool, chosen, val, steps)
+            one = dataclasses.replace(prepared, settings=run, examples={"train": chosen})
+            logits = _train_head(one, phase, loads, pool, val, steps)
             rows.append((count, seed, metrics.accuracy(logits, val.labels), metrics.log_loss(logits, val.labels)))
             stop.check()
     return rows
 
 
 def _train_head(
-    settings: Settings,
-    config: dict,
-    arrays: dict[str, np.ndarray],
+    prepared: Prepared,
     phase: Phase,
     loads: dict[str, data.Load],
     pool: layouts.Examples,
-    chosen: layouts.Examples,
     val: layouts.Examples,
     steps: int,
 ) -> np.ndarray:
-    """Logits of the validation images, [N, classes], after training on the examples `chosen` out of `pool`."""
+    """Logits of the validation images, [N, classes], after training on the prepared examples, all out of `pool`."""
+    settings, chosen = prepared.settings, prepared.examples["train"]
     row_of = {path: row for row, path in enumerate(pool.paths)}
     rows = np.array([row_of[path] for path in chosen.paths])  # of the cache, for each chosen example
     place = np.zeros(len(pool), np.int64)
@@ -81,14 +79,12 @@ def _train_head(
         in_pool = positions.map(lambda index, view: (tf.gather(rows, index), view))
         return loads["train"](in_pool, batch_size).map(lambda x, row: (x, tf.gather(place, row)))
 
-    epoch_steps = data.steps_per_epoch(len(chosen), settings.batch_size)
-    last_step = -(-steps // epoch_steps) * epoch_steps
-    phase = dataclasses.replace(phase, first_step=0, last_step=last_step)
-    trainer = plan.make_trainer(config, settings, chosen, [phase])
-    plan.restore_pretrained(trainer.model, arrays, config["pretrained"]["source"])
-    step = trainer.train_step(phase)
-    batches = data.train_batches(load, chosen.labels, settings.batch_size, settings.seed, 0, last_step, phase.views)
-    for x, labels, _ in batches:
+    order = data.Order(len(chosen), settings.batch_size, settings.seed, phase.views)
+    end_step = -(-steps // order.epoch_steps) * order.epoch_steps
+    phase = dataclasses.replace(phase, first_step=0, end_step=end_step)
+    trainer = prepared.trainer([phase])
+    step = trainer.train_step(phase, decay_over(phase, trainer.settings))
+    for x, labels, _ in data.train_batches(load, chosen.labels, order, 0, end_step):
         step(x, labels)
     forward = compiled_forward(trainer.model, phase.input_stage)
     return predict(forward, data.ordered_batches(loads["val"], val.labels, settings.batch_size))
@@ -125,6 +121,7 @@ def main() -> int:
     counts = sorted(set(values.pop("examples_per_class")))
     if min(counts) < 1 or seeds < 1 or steps < 1:
         raise UserError("--examples-per-class, --seeds and --steps must be at least 1")
+    check_writable("--output", output)
     with readable_failures():
         rows = learning_curve(Settings.from_dict(values), data_path, counts, seeds, steps)
     accuracies = np.array([row[2] for row in rows]).reshape(len(counts), seeds)

@@ -1,16 +1,20 @@
 """Activations of frozen stages, computed once, kept on disk and reused by later runs.
 
-A cache holds what enters one stage: a row for each example, a file for each view. Rows are appended and the file is
-renamed when it is whole, so that a killed computation goes on where it was, a full disk is an ordinary error (writing
-to a memory map would be a fatal signal), and memory is bounded by one batch. Reading maps the file.
+A cache holds what enters one stage: a row for each example, a file for each view. Every row is followed by its
+checksum, which is verified each time the row is read. Rows are appended and the file is renamed when it is whole, so
+that a killed computation is resumed where it was, a full disk is an ordinary error (writing to a memory map would be a
+fatal signal), and memory is bounded by one batch.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,33 +23,53 @@ import numpy as np
 import tensorflow as tf
 
 import data
-from console import UserError
+from console import StopSignals, UserError, progress_bar
+from dataset.contents import Fingerprint
 from dataset.layouts import Examples
-from files import write_json
+from files import UNSUPPORTED, flush_to_disk, open_regular, warn_once, write_json
 from model import Network
+from run import Phase
 
 BATCH_SIZE = 32
+CHECKSUM_BYTES = 4
 DISK_RESERVE = 2**30  # bytes left free on the disk
 VIEW_SEED = 0  # of the random views: not the run's seed, so that runs with other seeds share them
+
+
+class DamagedCache(UserError):
+    """A row whose bytes are not those that were written."""
+
+    def __init__(self, path: str):
+        super().__init__(f"{path}: damaged cached activations; delete this file and run the same command again")
+        self.path = path
 
 
 class Cache:
     """What enters `stage` of `model`, for the views `views` of `examples`.
 
     The folder's name is a hash of all that the activations depend on: the weights below the stage, the preprocessing,
-    the compute dtype and the list of files (names, sizes and times of change). It does not depend on the head, the
-    learning rate or the seed of the run, so runs that differ in those share it.
+    the compute dtype, the threads (which decide how sums are rounded) and the content of the images. It does not depend
+    on the head, the learning rate or the seed of the run, nor on where the images lie, so runs that differ in those
+    share it. Rows are always computed from the images, in batches of the same rows, so that one key has one value.
 
     A network that computes in bfloat16 is stored in bfloat16, losing nothing; float32 is rounded to float16.
     """
 
     def __init__(
-        self, model: Network, stage: str, examples: Examples, spec: data.Preprocessing, views: list[int], root: str
+        self,
+        model: Network,
+        stage: str,
+        examples: Examples,
+        prints: Mapping[str, Fingerprint],
+        spec: data.Preprocessing,
+        views: list[int],
+        root: str,
     ):
         self.model, self.stage, self.examples, self.views = model, stage, examples, views
         self.shape = model.input_shape(stage)
         self.dtype = np.dtype(ml_dtypes.bfloat16 if model.compute_dtype == tf.bfloat16 else np.float16)
         self._description = {
+            "format": 2,
             "network": model.network,
             "after": model.stages[model.stages.index(stage) - 1],  # so that heads share it
             "shape": list(self.shape),
@@ -53,22 +77,40 @@ class Cache:
             "preprocessing": asdict(spec),
             "view_seed": VIEW_SEED,
             "examples": len(examples),
-            "files": _hash_files(examples),
+            "images": hashlib.sha256("\n".join(prints[p].content for p in examples.paths).encode()).hexdigest(),
             "weights": _hash_weights(model, stage),
+            "threads": tf.config.threading.get_intra_op_parallelism_threads(),
         }
         key = hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(root) / key
 
     @property
     def _row_bytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return int(np.prod(self.shape)) * self.dtype.itemsize + CHECKSUM_BYTES
 
-    def _file(self, view: int) -> Path:
+    def file(self, view: int) -> Path:
         return self.folder / ("central.bin" if view == data.CENTRAL_VIEW else f"view-{view}.bin")
+
+    def is_filled(self, view: int) -> bool:
+        """Whether the file of a view is there; one of another size is damaged: it is deleted, which a line says."""
+        file = self.file(view)
+        try:
+            size = file.lstat().st_size if file.is_file() and not file.is_symlink() else -1
+        except FileNotFoundError:
+            return False
+        if size == len(self.examples) * self._row_bytes:
+            return True
+        if not os.path.lexists(file):
+            return False
+        if file.is_dir() and not file.is_symlink():
+            raise UserError(f"{file} is a folder, where cached activations are kept: move it away")
+        print(f"cache      {file} is damaged ({size} bytes): computed again", flush=True)
+        file.unlink()
+        return False
 
     def missing_rows(self) -> int:
         """Rows that `fill` has to provide."""
-        return len(self.examples) * sum(not self._file(view).is_file() for view in self.views)
+        return len(self.examples) * sum(not self.is_filled(view) for view in self.views)
 
     def missing_bytes(self) -> int:
         """What they take on disk, beyond what an interrupted computation left there."""
@@ -76,54 +118,47 @@ class Cache:
         return max(0, self.missing_rows() * self._row_bytes - partial)
 
     def _partial(self, view: int) -> Path:
-        return self._file(view).with_suffix(".partial")
+        return self.file(view).with_suffix(".partial")
 
-    def fill(self, source: data.Load, source_stage: str, each: Callable[[int], None]) -> None:
-        """Computes what is missing from `source`, which loads what enters `source_stage`.
-
-        `each` is called with the number of rows after every batch; it may raise to stop. Rows so far are kept.
-        """
+    @contextlib.contextmanager
+    def appending(self, view: int, stop: StopSignals) -> Iterator["_Rows | None"]:
+        """The rows of a view that is being computed; None where another process has finished it meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "cache.json", self._description)
-        last = self.model.stages[self.model.stages.index(self.stage) - 1]
-        spec = tf.TensorSpec([None, *self.model.input_shape(source_stage)], tf.float32)
-        forward = tf.function(
-            lambda x: self.model.forward(x, first=source_stage, last=last), input_signature=[spec], autograph=False
-        )
-        for view in self.views:
-            if not self._file(view).is_file():
-                self._fill_view(view, source, forward, each)
-
-    def _fill_view(
-        self, view: int, source: data.Load, forward: Callable[[tf.Tensor], tf.Tensor], each: Callable[[int], None]
-    ) -> None:
-        partial = self._partial(view)
-        with open(partial, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # another run that computes the same rows: wait for it
-            if self._file(view).is_file():
+        descriptor = open_regular(self._partial(view), os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(descriptor, "ab") as file:
+            _lock(descriptor, self._partial(view), stop)
+            if self.is_filled(view):
+                yield None
                 return
             # Whole batches only, so that an interrupted computation batches the images as an uninterrupted one.
-            done = file.seek(0, os.SEEK_END) // (self._row_bytes * BATCH_SIZE) * BATCH_SIZE
+            done = os.fstat(descriptor).st_size // (self._row_bytes * BATCH_SIZE) * BATCH_SIZE
             file.truncate(done * self._row_bytes)
-            each(done)
-            positions = tf.data.Dataset.range(done, len(self.examples)).map(lambda i: (i, tf.constant(view, tf.int64)))
-            for x, _ in source(positions, BATCH_SIZE).prefetch(2):
-                rows = forward(x).numpy()
-                if self.dtype == np.float16:
-                    rows = np.clip(rows, 0, np.finfo(np.float16).max)  # activations follow a ReLU: none is negative
-                file.write(rows.astype(self.dtype).tobytes())
-                each(len(rows))
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, self._file(view))
+            rows = _Rows(file, done, self.dtype)
+            yield rows
+            if rows.done == len(self.examples):
+                file.flush()
+                flush_to_disk(descriptor)
+                os.replace(self._partial(view), self.file(view))
 
     def loader(self) -> data.Load:
-        """Loads rows of the filled cache: x is [B, *shape] float32."""
-        size = (len(self.examples), *self.shape)
-        rows = {view: np.memmap(self._file(view), self.dtype, mode="r", shape=size) for view in self.views}
+        """Loads rows of the filled cache: x is [B, *shape] float32.
+
+        Raises, while iterating: tf.errors.OpError whose message holds the path of a damaged file as `DamagedCache`.
+        """
+        descriptors = {view: open_regular(self.file(view)) for view in self.views}  # open as long as the process is
+        size = self._row_bytes
 
         def read(indices: np.ndarray, views: np.ndarray) -> np.ndarray:
-            return np.stack([rows[int(v)][i] for i, v in zip(indices, views, strict=True)]).astype(np.float32)
+            x = np.empty((len(indices), *self.shape), np.float32)
+            for place, (index, view) in enumerate(zip(indices.tolist(), views.tolist(), strict=True)):
+                # Not a memory map: a file that is cut while it is read would end the process by a signal.
+                row = os.pread(descriptors[view], size, index * size)
+                values, checksum = row[:-CHECKSUM_BYTES], row[-CHECKSUM_BYTES:]
+                if len(row) != size or zlib.crc32(values).to_bytes(CHECKSUM_BYTES, "little") != checksum:
+                    raise DamagedCache(str(self.file(view)))
+                x[place] = np.frombuffer(values, self.dtype).reshape(self.shape)
+            return x
 
         def load_batch(indices: tf.Tensor, views: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             x = tf.numpy_function(read, [indices, views], tf.float32, stateful=False)
@@ -135,9 +170,110 @@ class Cache:
         return load
 
 
-def check_disk(caches: Iterable[Cache], root: str) -> None:
+class _Rows:
+    """An unfinished file of a cache."""
+
+    def __init__(self, file, done: int, dtype: np.dtype):  # type: ignore[no-untyped-def]
+        self._file, self.done, self._dtype = file, done, dtype
+
+    def append(self, first: int, rows: np.ndarray) -> None:
+        """Writes the rows `first` ... but those that are there already."""
+        if first < self.done:
+            return
+        if self._dtype == np.float16:
+            rows = np.clip(rows, 0, np.finfo(np.float16).max)  # activations follow a ReLU: none is negative
+        for row in rows.astype(self._dtype):
+            values = row.tobytes()
+            self._file.write(values + zlib.crc32(values).to_bytes(CHECKSUM_BYTES, "little"))
+        self.done = first + len(rows)
+
+
+def fill(caches: Sequence[Cache], images: data.Load, stop: StopSignals) -> None:
+    """Computes what is missing in caches of one split, in the order of their stages, by one pass over its images.
+
+    Rows so far are kept when a signal stops it.
+    """
+    model, examples = caches[0].model, caches[0].examples
+    for view in caches[0].views:
+        with contextlib.ExitStack() as stack:
+            # In the order of the stages, so that two processes never wait for each other.
+            rows = [(c, stack.enter_context(c.appending(view, stop))) for c in caches if not c.is_filled(view)]
+            unfinished = [(cache, part) for cache, part in rows if part is not None]
+            if not unfinished:
+                continue
+            forward = _activations(model, [cache.stage for cache, _ in unfinished])
+            done = min(part.done for _, part in unfinished)
+            positions = tf.data.Dataset.range(done, len(examples)).map(lambda i: (i, tf.constant(view, tf.int64)))  # noqa: B023
+            batches = images(positions, BATCH_SIZE).prefetch(2)
+            with progress_bar(len(examples), done, f"caching view {view}" if view >= 0 else "caching") as bar:
+                for x, _ in batches:
+                    for (_, part), activations in zip(unfinished, forward(x), strict=True):
+                        part.append(done, activations.numpy())
+                    done += len(x)
+                    bar.update(len(x))
+                    stop.check()
+
+
+def _activations(model: Network, stages: Sequence[str]):  # type: ignore[no-untyped-def]
+    """The compiled function images -> what enters each of `stages` (in order)."""
+
+    @tf.function(
+        input_signature=[tf.TensorSpec([None, *model.input_shape(model.stages[0])], tf.float32)], autograph=False
+    )
+    def forward(x: tf.Tensor) -> list[tf.Tensor]:
+        entered, outputs = model.stages[0], []
+        for stage in stages:
+            x = model.forward(x, first=entered, last=model.stages[model.stages.index(stage) - 1])
+            outputs.append(x)
+            entered = stage
+        return outputs
+
+    return forward
+
+
+def cached_loads(
+    network: Network,
+    phases: Sequence[Phase],
+    examples: Mapping[str, Examples],
+    prints: Mapping[str, Fingerprint],
+    spec: data.Preprocessing,
+    root: str,
+    stop: StopSignals,
+) -> dict[str, dict[str, data.Load]]:
+    """{stage: {split: loader of what enters the stage}} for the phases that train on cached views.
+
+    Computes what is not on disk yet, in one pass over the images: random views for `train`, the central view for other
+    splits. `prints` by path.
+    """
+    views = {phase.input_stage: phase.views for phase in phases if phase.views}
+    in_order = sorted(views, key=network.stages.index)
+    caches: dict[str, list[Cache]] = {split: [] for split in examples}
+    for split, of_split in examples.items():
+        for stage in in_order:
+            chosen = list(range(views[stage])) if split == "train" else [data.CENTRAL_VIEW]
+            caches[split].append(Cache(network, stage, of_split, prints, spec, chosen, root))
+    every = [cache for of_split in caches.values() for cache in of_split]
+    check_disk(every, root)
+    if missing := sum(cache.missing_rows() for cache in every):
+        size = sum(cache.missing_bytes() for cache in every) / 1e6
+        print(
+            f"caching    {missing} activations that enter {', '.join(in_order)} in {root}/: {size:.1f} MB", flush=True
+        )
+        for split, of_split in examples.items():
+            fill(caches[split], data.image_loader(of_split, spec, VIEW_SEED), stop)
+    return {stage: {split: caches[split][place].loader() for split in examples} for place, stage in enumerate(in_order)}
+
+
+def check_disk(caches: Sequence[Cache], root: str) -> None:
     """Raises UserError where the missing rows of all caches together would not leave `DISK_RESERVE` free."""
-    Path(root).mkdir(parents=True, exist_ok=True)
+    if not caches:
+        return
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            caches[0].folder.mkdir()
+    except OSError as error:
+        raise UserError(f"--cache-dir {root}: can't be written: {error.strerror}; name another folder") from None
     needed, free = sum(cache.missing_bytes() for cache in caches), shutil.disk_usage(root).free
     if needed and needed + DISK_RESERVE > free:
         raise UserError(
@@ -146,12 +282,22 @@ def check_disk(caches: Iterable[Cache], root: str) -> None:
         )
 
 
-def _hash_files(examples: Examples) -> str:
-    digest = hashlib.sha256()
-    for path in examples.paths:
-        status = os.stat(path)
-        digest.update(os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    return digest.hexdigest()
+def _lock(descriptor: int, path: Path, stop: StopSignals) -> None:
+    """Waits while another process computes the same rows."""
+    waiting = False
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waiting:
+                print(f"cache      waiting for another process that computes {path}", flush=True)
+            waiting = True
+            time.sleep(0.2)
+            stop.check()
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            return warn_once(f"{path.parent}: this file system has no locks: start one run at a time with this cache")
 
 
 def _hash_weights(model: Network, stage: str) -> str:

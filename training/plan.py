@@ -1,28 +1,28 @@
-"""Everything that is decided when a run begins and kept when it is resumed: settings and images -> config.json."""
+"""What is decided when a run begins, and whether a resumed run would be the same run."""
 
-import functools
+import csv
+import hashlib
 import os
-import platform
-import time
-from dataclasses import asdict, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
-import tensorflow as tf
-from tqdm import tqdm
 
 import data
 from console import UserError, one_line
-from dataset import images, layouts
-from devices import compute_dtype
+from dataset import layouts
+from dataset.contents import Fingerprint
+from files import write_csv
 from model import Network
+from run import Phase, Run, RunConfig
 from training.settings import Settings, flag_name
-from training.step import Optimisation, Phase, Trainer
-from weights import pretrained
+from training.step import Optimisation
+
+COLUMNS = ("image", "class", "split", "bytes", "modified_ns", "changed_ns", "content")
+NOT_COMPARED = ("cache_dir", "image_root")  # settings that a resumed run may change
 
 
-def find_images(settings: Settings, data_path: str) -> layouts.LabelledImages:
+def list_images(settings: Settings, data_path: str) -> layouts.LabelledImages:
     """The images of `data_path`, split as the settings say."""
     return layouts.find_images(
         data_path,
@@ -32,94 +32,13 @@ def find_images(settings: Settings, data_path: str) -> layouts.LabelledImages:
     )
 
 
-def new_config(
-    settings: Settings, found: layouts.LabelledImages, command: list[str]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Everything that is decided when a run begins and kept when it is resumed, and the pretrained arrays."""
-    arrays: dict[str, np.ndarray] = {}
-    source = settings.pretrained
-    if source != "none":
-        source = pretrained.find_imagenet(settings.network) if source == "imagenet" else source
-        arrays = pretrained.load_pretrained(source, settings.network)
-    head, why = settings.head, "as asked"
-    if head == "auto":
-        has_fc = all(f"{settings.network}/{stage}/weights" in arrays for stage in ("fc6", "fc7"))
-        head = "fc" if has_fc else "gap"
-        why = f"the weights bring {'' if has_fc else 'no '}fc6 and fc7"
-    model_config: dict[str, Any] = {
-        "network": settings.network,
-        "head": head,
-        "class_count": len(found.class_names),
-        "image_size": settings.image_size,
-        "seed": settings.seed,
-    }
-    try:
-        model = Network(**model_config)
-    except ValueError as error:
-        raise UserError(f"--image-size {settings.image_size}: {error}") from None
-    report = restore_pretrained(model, arrays, source)
-    new = [name for name, _ in report.new]
-    excluded = _bad_images(settings, found)
-    counts = {split: len(kept) for split, kept in usable_examples(settings, found, excluded).items()}
-    config = {
-        "command": command,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "settings": settings.as_dict(),
-        "class_names": list(found.class_names),
-        "counts": counts,
-        "data": {"root": found.root, "layout": found.layout, "digest": found.digest()},
-        "excluded": excluded,
-        "model": model_config,
-        "head_reason": why,
-        "precision": compute_dtype(settings.precision).name,
-        "preprocessing": {**asdict(preprocessing(settings)), "mean_rgb": list(data.MEAN_RGB)},
-        "phases": [asdict(phase) for phase in _phases(settings, model, new, counts["train"])],
-        "pretrained": {"source": source, "summary": report.summary(), **report.as_dict()},
-        "new_variables": new if arrays else [],
-        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": np.__version__},
-    }
-    return config, arrays
-
-
-def restore_pretrained(model: Network, arrays: dict[str, np.ndarray], source: str) -> pretrained.RestoreReport:
-    """Restores everything but the last layer, whose classes are other ones; only the head may be missing in the file.
-
-    Without arrays (`--pretrained none`) nothing is restored.
-    """
-    last = f"{model.network}/{model.stages[-1]}"
-    may_be_new = [f"{model.network}/{stage}" for stage in (model.head_stages if arrays else model.stages)]
-    return pretrained.restore(model.variables_by_name, arrays, exclude=[last], may_be_new=may_be_new, source=source)
-
-
-def _bad_images(settings: Settings, found: layouts.LabelledImages) -> list[str]:
-    """Relative names of the files to train without; raises UserError for the first bad one unless they are skipped."""
-    skip = settings.on_bad_image == "skip"
-    paths = {path for examples in found.splits.values() for path in examples.paths}
-    # Skipping must find every bad image now, by decoding all: the list of examples is fixed when the run begins.
-    progress = functools.partial(tqdm, desc="checking images", unit="img", leave=False, disable=None)
-    faults = images.find_faults(sorted(paths), thorough=skip, progress=progress)
-    if not faults:
-        return []
-    names = {path: os.path.relpath(path, found.root) for path in faults}
-    if not skip:
-        path, reason = next(iter(faults.items()))
-        more = f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else ""
-        raise UserError(
-            f"{path}: {reason}{more}; python -m tools.check_data lists all, --on-bad-image skip trains without them"
-        )
-    for path, reason in faults.items():
-        print(f"skipped {one_line(names[path])}: {reason}")
-    print(f"skipped {len(faults)} bad files of {len(paths)}")
-    return [names[path] for path in faults]
-
-
 def usable_examples(
     settings: Settings, found: layouts.LabelledImages, excluded: list[str]
 ) -> dict[str, layouts.Examples]:
     """The examples of each split that this run uses."""
     bad = {os.path.join(found.root, name) for name in excluded}
     kept = {
-        split: examples.subset([i for i, path in enumerate(examples.paths) if path not in bad])
+        split: examples.subset([i for i, path in enumerate(examples.paths) if path not in bad]) if bad else examples
         for split, examples in found.splits.items()
     }
     if settings.examples_per_class:
@@ -134,66 +53,35 @@ def usable_examples(
     return kept
 
 
-def _phases(settings: Settings, model: Network, new: list[str], train_count: int) -> list[Phase]:
+def make_phases(settings: Settings, network: Network, new: list[str], train_count: int) -> tuple[Phase, ...]:
     """The steps of the run: with --head-epochs, first those that train the new layers alone."""
-    new_stages = {model.stage_of(name) for name in new}
-    head = next(stage for stage in model.head_stages if stage in new_stages)
-    train_from = head if settings.train_from == "head" else settings.train_from
-    if train_from not in model.stages:
+    new_stages = {network.stage_of(name) for name in new}
+    images, head = network.stages[0], next(stage for stage in network.head_stages if stage in new_stages)
+    train_from = {"head": head, "": images}.get(settings.train_from, settings.train_from)
+    if train_from not in network.stages:
         raise UserError(
-            f"--train-from {train_from}: {model.network} with the {model.head} head has the stages "
-            f"{', '.join(model.stages)}; 'head' means its new layers"
+            f"--train-from {train_from}: {network.network} with the {network.head} head has the stages "
+            f"{', '.join(network.stages)}; 'head' means its new layers"
         )
-    if settings.pretrained != "none" and model.stages.index(train_from) > model.stages.index(head):
+    if settings.pretrained != "none" and network.stages.index(train_from) > network.stages.index(head):
         raise UserError(f"--train-from {train_from}: {head} is newly initialised and would never be trained; use head")
-    epoch_steps = data.steps_per_epoch(train_count, settings.batch_size)
+    epoch_steps = data.Order(train_count, settings.batch_size, settings.seed).epoch_steps
     change = settings.head_epochs * epoch_steps if train_from != head else 0
-    end = settings.epochs * epoch_steps
 
-    def phase(name: str, stage: str, first: int, last: int) -> Phase:
+    def phase(name: str, stage: str, first: int, end: int) -> Phase:
         views = settings.cached_views
         if views < 0:
             views = 2 if stage == head and settings.pretrained != "none" else 0
-        return Phase(name, stage, stage if views else "conv1", views if stage != "conv1" else 0, first, last)
+        return Phase(name, stage, stage if views else images, views if stage != images else 0, first, end)
 
-    phases = [
+    phases = (
         phase("head", head, 0, change),
-        phase("head" if train_from == head else train_from, train_from, change, end),
-    ]
-    return [p for p in phases if p.first_step < p.last_step]
+        phase("head" if train_from == head else train_from, train_from, change, settings.epochs * epoch_steps),
+    )
+    return tuple(p for p in phases if p.first_step < p.end_step)
 
 
-def check_agreement(run_path: Path, config: dict[str, Any], settings: Settings, found: layouts.LabelledImages) -> None:
-    """Raises UserError, naming the differing values, where to go on would not be the same run."""
-    asked, differing = settings.as_dict(), []
-    for field in fields(Settings):
-        old, new = config["settings"].get(field.name), asked[field.name]
-        if old != new and field.name not in ("cache_dir", "image_root"):
-            differing.append(f"{flag_name(field)} was {old}, now {new}")
-    if found.digest() != config["data"]["digest"]:
-        differing.append(f"the images of {config['data']['root']} are not those of {found.root}, or have changed")
-    if differing:
-        raise UserError(f"{run_path} can't be resumed: {'; '.join(differing)}; repeat its settings or name a new --run")
-
-
-def preprocessing(settings: Settings) -> data.Preprocessing:
-    """What the network of a run with these settings sees."""
-    return data.Preprocessing(settings.image_size, settings.crop_margin, settings.augment)
-
-
-def make_trainer(
-    config: dict[str, Any],
-    settings: Settings,
-    train: layouts.Examples,
-    phases: list[Phase],
-    kind: type[Trainer] = Trainer,
-) -> Trainer:
-    """The network that `config` describes, at its initial values, with its optimiser."""
-    model = Network(**config["model"], compute_dtype=compute_dtype(config["precision"]))
-    return kind(model, _optimisation(settings, train), phases, frozenset(config["new_variables"]), settings.seed)
-
-
-def _optimisation(settings: Settings, train: layouts.Examples) -> Optimisation:
+def optimisation(settings: Settings, train: layouts.Examples) -> Optimisation:
     """The optimiser's share of the settings."""
     shared = {field.name for field in fields(Optimisation)} & {field.name for field in fields(Settings)}
     values = {name: getattr(settings, name) for name in shared - {"class_weights"}}
@@ -202,3 +90,106 @@ def _optimisation(settings: Settings, train: layouts.Examples) -> Optimisation:
         counts = np.bincount(train.labels)
         weights = tuple(float(w) for w in len(train) / (len(counts) * counts))  # a mean of 1 over the examples
     return Optimisation(**values, class_weights=weights)
+
+
+# -- the images of a run ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An image as images.csv has it."""
+
+    class_name: str
+    split: str
+    fingerprint: Fingerprint
+
+
+def record_images(
+    found: layouts.LabelledImages, examples: Mapping[str, layouts.Examples], prints: Mapping[str, Fingerprint]
+) -> dict[str, Recorded]:
+    """{name relative to the data's root: what it is} of the images that a run uses."""
+    return {
+        _in_csv(os.path.relpath(path, found.root)): Recorded(found.class_names[label], split, prints[path])
+        for split, of_split in examples.items()
+        for path, label in zip(of_split.paths, of_split.labels, strict=True)
+    }
+
+
+def write_images(run: Run, images: Mapping[str, Recorded]) -> None:
+    """Writes images.csv."""
+    rows = (
+        (name, image.class_name, image.split, p.size, p.modified, p.changed, p.content)
+        for name, image in images.items()
+        for p in (image.fingerprint,)
+    )
+    write_csv(run.path / "images.csv", COLUMNS, rows)
+
+
+def read_images(run: Run) -> dict[str, Recorded]:
+    """The content of images.csv; empty for a run that has none, or a damaged one: `RunConfig.data.content` remains."""
+    try:
+        with open(run.path / "images.csv", encoding="utf-8", newline="") as file:
+            rows = csv.reader(file)
+            if tuple(next(rows, ())) != COLUMNS:
+                return {}
+            return {
+                name: Recorded(label, split, Fingerprint(int(size), int(modified), int(changed), content))
+                for name, label, split, size, modified, changed, content in rows
+            }
+    except (OSError, ValueError, csv.Error):
+        return {}
+
+
+def _in_csv(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()  # as `files.write_text` writes it
+
+
+def check_settings(run: Run, config: RunConfig, settings: Settings) -> None:
+    """Raises UserError, naming the differing values, where resuming with these settings would not be the same run."""
+    differing = []
+    for field in fields(Settings):
+        old, new = config.settings.get(field.name, field.default), getattr(settings, field.name)
+        new = list(new) if isinstance(new, tuple) else new
+        old = list(old) if isinstance(old, tuple) else old
+        # An earlier version had "conv1" where today's default means the first stage of whatever network.
+        if field.name == "train_from" and {old, new} == {"conv1", ""}:
+            continue
+        if old != new and field.name not in NOT_COMPARED:
+            differing.append(f"{flag_name(field)} was {old}, now {new}")
+    if differing:
+        raise UserError(f"{run.path} can't be resumed: {'; '.join(differing)}; repeat its settings or name a new --run")
+
+
+def check_images(run: Run, config: RunConfig, found: layouts.LabelledImages, now: Mapping[str, Recorded]) -> None:
+    """Raises UserError that says what has changed, where the images are not those that the run began with."""
+    then, changes = read_images(run), []
+    if then:
+        kinds = {
+            "new": sorted(now.keys() - then.keys()),
+            "gone": sorted(then.keys() - now.keys()),
+            "of another class or split": [
+                name
+                for name, image in now.items()
+                if name in then and (image.class_name, image.split) != (then[name].class_name, then[name].split)
+            ],
+            "of other content": [
+                name
+                for name, image in now.items()
+                if name in then and image.fingerprint.content != then[name].fingerprint.content
+            ],
+        }
+        changes = [f"{len(names)} {kind} (first {one_line(names[0])!r})" for kind, names in kinds.items() if names]
+    elif config.data.content not in ("", content_digest(now)):
+        changes = ["some are of other content"]
+    if not changes and found.digest() != config.data.digest:
+        changes = ["the list of files is another"]
+    if changes:
+        raise UserError(
+            f"{run.path} can't be resumed: the images of {found.root} are not those that it began with: "
+            f"{', '.join(changes)}; restore them, or name a new --run"
+        )
+
+
+def content_digest(images: Mapping[str, Recorded]) -> str:
+    """One hash for the content of all images of a run, in their order."""
+    return hashlib.sha256("\n".join(image.fingerprint.content for image in images.values()).encode()).hexdigest()

@@ -1,10 +1,15 @@
 """One training run from its settings: find the images, restore the weights, open the run directory, train, report."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
-import re
-from collections.abc import Iterator
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,235 +17,272 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import data
-from console import StopSignals, UserError, one_line
+import devices
+from console import StopSignals, UserError, one_line, progress_bar
 from dataset import images, layouts
+from dataset.contents import Fingerprint, fingerprints
+from files import write_text
 from model import Network
-from reports import metrics
-from reports.results import write_results
-from run import Run
+from run import DataRecord, ModelRecord, Phase, Run, RunConfig, WeightsRecord, new_network
 from training import features, plan
-from training.loop import Fit, progress_bar
+from training.evaluation import find_faults, readable_failures, write_scores
+from training.log import Log
+from training.loop import Keeper, Loop
 from training.settings import Settings
-from training.step import Phase, compiled_forward, predict
+from training.step import Trainer
 from weights import pretrained
 
 EVALUATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to begin or to be resumed; train.py and the tools start from it.
+
+    network: holds the values to start from. prints: of every image in `examples`, by path.
+    """
+
+    config: RunConfig
+    settings: Settings
+    found: layouts.LabelledImages
+    examples: dict[str, layouts.Examples]
+    prints: dict[str, Fingerprint]
+    network: Network
+
+    def trainer(self, phases: Sequence[Phase] | None = None) -> Trainer:
+        """The network with its optimiser."""
+        optimisation = plan.optimisation(self.settings, self.examples["train"])
+        new = frozenset(self.config.new_variables)
+        return Trainer(self.network, optimisation, list(phases or self.config.phases), new, self.settings.seed)
+
+    def cached_loads(
+        self, phases: Sequence[Phase], examples: Mapping[str, layouts.Examples], stop: StopSignals
+    ) -> dict[str, dict[str, data.Load]]:
+        """{stage: {split: loader of what enters the stage}} for the phases that train on cached views."""
+        spec, root = self.config.preprocessing, self.settings.cache_dir
+        return features.cached_loads(self.network, phases, examples, self.prints, spec, root, stop)
+
+
+def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> Prepared:
+    """Decides all that is decided when a run begins; writes nothing. Raises UserError for what the user can fix."""
+    devices.use_threads(devices.default_threads())
+    found = plan.list_images(settings, data_path)
+    arrays: dict[str, np.ndarray] = {}
+    source = settings.pretrained
+    if source != "none":
+        source = pretrained.find_imagenet(settings.network) if source == "imagenet" else source
+        arrays = pretrained.load_pretrained(source, settings.network)
+    head, why = settings.head, "as asked"
+    if head == "auto":
+        has_fc = all(f"{settings.network}/{stage}/weights" in arrays for stage in ("fc6", "fc7"))
+        head, why = "fc" if has_fc else "gap", f"the weights bring {'' if has_fc else 'no '}fc6 and fc7"
+    model = ModelRecord(settings.network, head, len(found.class_names), settings.image_size, settings.seed)
+    dtype = devices.compute_dtype(settings.precision)
+    try:
+        network = Network(**dataclasses.asdict(model), compute_dtype=dtype)
+    except ValueError as error:
+        raise UserError(f"--image-size {settings.image_size}: {error}") from None
+    report = restore_pretrained(network, arrays, source)
+    new = [name for name, _ in report.new]
+    excluded = _bad_images(settings, found)
+    examples = plan.usable_examples(settings, found, excluded)
+    prints = _fingerprints(examples, {})
+    content = plan.content_digest(plan.record_images(found, examples, prints))
+    config = RunConfig(
+        command=list(command),
+        created=datetime.now().astimezone().strftime("%Y-%m-%dT%H:%M:%S.%f%z"),
+        settings=settings.as_dict(),
+        class_names=found.class_names,
+        counts={split: len(kept) for split, kept in examples.items()},
+        data=DataRecord(found.root, found.layout, found.digest(), os.path.abspath(data_path), content),
+        model=model,
+        head_reason=why,
+        precision=dtype.name,
+        preprocessing=data.Preprocessing(settings.image_size, settings.crop_margin, settings.augment),
+        phases=plan.make_phases(settings, network, new, len(examples["train"])),
+        pretrained=WeightsRecord(
+            source, report.summary(), report.restored, [list(n) for n in report.new], report.unused
+        ),
+        new_variables=new if arrays else [],
+        versions={"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": np.__version__},
+        excluded=excluded,
+        threads=devices.default_threads(),
+    )
+    return Prepared(config, settings, found, examples, prints, network)
+
+
+def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
+    """What `prepare` decided for a run that exists; UserError, naming what differs, where it would be another run."""
+    config = run.config()
+    devices.use_threads(config.threads or devices.cores())
+    found = plan.list_images(settings, data_path)
+    plan.check_settings(run, config, settings)
+    examples = plan.usable_examples(settings, found, config.excluded)
+    recorded = plan.read_images(run)
+    known = {os.path.join(found.root, name): image.fingerprint for name, image in recorded.items()}
+    prints = _fingerprints(examples, known)
+    plan.check_images(run, config, found, plan.record_images(found, examples, prints))
+    network = new_network(config)
+    if not run.has_checkpoint("latest"):  # killed before its first one
+        source = config.pretrained.source
+        arrays = {} if source == "none" else pretrained.load_pretrained(source, settings.network)
+        restore_pretrained(network, arrays, source)
+    return Prepared(config, settings, found, examples, prints, network)
+
+
+def restore_pretrained(network: Network, arrays: dict[str, np.ndarray], source: str) -> pretrained.RestoreReport:
+    """Restores everything but the last layer, whose classes are other ones; only the head may be missing in the file.
+
+    Without arrays (`--pretrained none`) nothing is restored.
+    """
+    last = f"{network.network}/{network.stages[-1]}"
+    may_be_new = [f"{network.network}/{stage}" for stage in (network.head_stages if arrays else network.stages)]
+    return pretrained.restore(network.variables_by_name, arrays, exclude=[last], may_be_new=may_be_new, source=source)
+
+
+def _bad_images(settings: Settings, found: layouts.LabelledImages) -> list[str]:
+    """Relative names of the files to train without; raises UserError for the first bad one unless they are skipped."""
+    skip = settings.on_bad_image == "skip"
+    paths = {path for examples in found.splits.values() for path in examples.paths}
+    # Skipping must find every bad image now, by decoding all: the list of examples is fixed when the run begins.
+    faults = find_faults(sorted(paths), thorough=skip)
+    if not faults:
+        return []
+    names = {path: os.path.relpath(path, found.root) for path in faults}
+    if not skip:
+        path, reason = next(iter(faults.items()))
+        more = f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else ""
+        raise UserError(
+            f"{path}: {reason}{more}; python -m tools.check_data lists all, --on-bad-image skip trains without them"
+        )
+    for path, reason in faults.items():
+        print(f"skipped {one_line(names[path])}: {reason}")
+    print(f"skipped {len(faults)} bad files of {len(paths)}")
+    return [names[path] for path in faults]
+
+
+def _fingerprints(examples: Mapping[str, layouts.Examples], known: Mapping[str, Fingerprint]) -> dict[str, Fingerprint]:
+    paths = [path for of_split in examples.values() for path in of_split.paths]
+    progress = functools.partial(tqdm, desc="reading images", unit="files", leave=False, disable=None)
+    return fingerprints(paths, known, devices.cores(), progress)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
 
 
 def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> dict[str, Any]:
     """Trains `run` on the images of `data_path`, from the start or from its last checkpoint, and evaluates its best.
 
     Returns the scores of the best checkpoint on the validation images (the content of results-val.json). Raises
-    UserError for what the user can mend and console.Stopped after a signal; the run can then be resumed.
+    UserError for what the user can fix and console.Stopped after a signal; the run can then be resumed.
     """
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
-    found = plan.find_images(settings, data_path)
-    if run.exists():
-        config = run.config()
-        plan.check_agreement(run.path, config, settings, found)
-        arrays = None
-    else:
-        config, arrays = plan.new_config(settings, found, command)
-        config["data"]["path"] = os.path.abspath(data_path)
+    if settings.image_root:
+        settings = dataclasses.replace(settings, image_root=os.path.abspath(settings.image_root))
+    _refuse_inside(data_path, {"--run": run.path, "--cache-dir": Path(settings.cache_dir)})
+    prepared = None if run.exists() else prepare(settings, data_path, command)
     with run.locked(), StopSignals() as stop:
+        if run.exists():  # perhaps since a moment ago
+            prepared = resume(run, settings, data_path)
+        assert prepared is not None
         if not run.exists():
-            run.create(config)
-        for line in _introduction(run, config):
+            plan.write_images(run, plan.record_images(prepared.found, prepared.examples, prepared.prints))
+            run.create(prepared.config)
+        for line in _introduction(run, prepared.config):
             print(line, flush=True)
         with readable_failures():
-            return _train(run, config, settings, found, arrays, stop)
+            return _train(run, prepared, stop)
 
 
-@contextlib.contextmanager
-def readable_failures() -> Iterator[None]:
-    """Turns TensorFlow's errors that a person can mend into a UserError of one line."""
-    try:
-        yield
-    except tf.errors.ResourceExhaustedError as error:
-        raise UserError(
-            "the device has not enough memory: lower --batch-size, or keep it and compute it in parts with "
-            f"--accumulate 2 or more ({one_line(error.message)[:160]})"
-        ) from None
-    except tf.errors.OpError as error:
-        # An image that could not be read inside the pipeline arrives as the text of its Python exception.
-        unreadable = re.search(r"ImageError: (.+)", error.message)
-        if unreadable is None:
-            raise
-        raise UserError(f"{unreadable[1]}; python -m tools.check_data finds all bad images") from None
+def _refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
+    """Raises UserError where what we write would lie among the images of a folder, and be taken for some of them."""
+    root = os.path.realpath(data_path)
+    for flag, place in places.items():
+        if os.path.isdir(root) and os.path.commonpath([root, os.path.realpath(place)]) == root:
+            raise UserError(f"{flag} {place} lies inside DATA, {data_path}: name a folder elsewhere")
 
 
-def _introduction(run: Run, config: dict[str, Any]) -> list[str]:
+def _introduction(run: Run, config: RunConfig) -> list[str]:
     gpus = tf.config.list_physical_devices("GPU")
+    counts = ", ".join(f"{count} {split}" for split, count in config.counts.items())
     return [
-        f"run        {run.path}",
-        f"data       {config['data']['root']} ({config['data']['layout']}): {len(config['class_names'])} classes, "
-        + ", ".join(f"{count} {split}" for split, count in config["counts"].items()),
-        f"weights    {config['pretrained']['source']}: {config['pretrained']['summary']}",
-        f"head       {config['model']['head']} ({config['head_reason']})",
+        f"run        {one_line(run.path)}",
+        f"data       {one_line(config.data.root)} ({config.data.layout}): {len(config.class_names)} classes, {counts}",
+        f"weights    {one_line(config.pretrained.source)}: {config.pretrained.summary}",
+        f"head       {config.model.head} ({config.head_reason})",
         "training   "
         + ", then ".join(
-            f"steps {p['first_step']}-{p['last_step']} from {p['train_from']}"
-            + (f" on {p['views']} cached views" if p["views"] else "")
-            for p in config["phases"]
+            f"steps {p.first_step}-{p.end_step} from {p.train_from}"
+            + (f" on {p.views} cached views" if p.views else "")
+            for p in config.phases
         ),
-        f"device     {f'{len(gpus)} GPU' if gpus else 'CPU: TensorFlow sees no GPU'}, {config['precision']}",
+        f"device     {f'{len(gpus)} GPU' if gpus else 'CPU: TensorFlow sees no GPU'}, {config.precision}",
     ]
 
 
-# -- training --------------------------------------------------------------------------------------------------------
-
-
-def _train(
-    run: Run,
-    config: dict[str, Any],
-    settings: Settings,
-    found: layouts.LabelledImages,
-    arrays: dict[str, np.ndarray] | None,
-    stop: StopSignals,
-) -> dict[str, Any]:
-    examples = plan.usable_examples(settings, found, config["excluded"])
-    train, val = examples["train"], examples["val"]
-    trainer = plan.make_trainer(config, settings, train, [Phase(**phase) for phase in config["phases"]])
-    fit = Fit(run, trainer, train, val, settings.batch_size, settings.patience, settings.seed, stop)
-    if not fit.restore():
-        source = config["pretrained"]["source"]
-        if arrays is None:  # killed before its first checkpoint
-            arrays = {} if source == "none" else pretrained.load_pretrained(source, settings.network)
-        plan.restore_pretrained(trainer.model, arrays, source)
-    spec = plan.preprocessing(settings)
-    image_loads = {split: data.image_loader(examples[split], spec, settings.seed) for split in ("train", "val")}
-    stored, complete = run.path / "results-val.json", run.path / ".complete"
-    if fit.is_done() and complete.is_file() and stored.is_file():
+def _train(run: Run, prepared: Prepared, stop: StopSignals) -> dict[str, Any]:
+    settings, trainer = prepared.settings, prepared.trainer()
+    keeper = Keeper(run, trainer, settings.patience)
+    keeper.restore()
+    if keeper.is_done() and (stored := _stored_results(run)):
         print("this run is complete: name a new --run to train again", flush=True)
-        return json.loads(stored.read_text(encoding="utf-8"))
+        return stored
+    train, val = prepared.examples["train"], prepared.examples["val"]
+    log = Log(run, keeper.progress.log_lines)
+    log.events.images("train", "inputs", _sample_inputs(train, prepared.config), step=0)
+    loop = Loop(trainer, data.Order(len(train), settings.batch_size, settings.seed), train, val, keeper, log, stop)
+    while True:
+        try:
+            with readable_failures():
+                results = _train_and_evaluate(run, prepared, loop)
+        except features.DamagedCache as damage:  # nothing was trained on it: the loop continues at the same step
+            print(f"cache      {one_line(damage.path)} is damaged: computed again", flush=True)
+            Path(damage.path).unlink(missing_ok=True)
+            continue
+        write_text(run.path / ".complete", "")  # a kill may have left results, but only half of them
+        return results
+
+
+def _stored_results(run: Run) -> dict[str, Any] | None:
+    """The results of a run that is complete; None where they are missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        stored = json.loads((run.path / "results-val.json").read_text(encoding="utf-8"))
+        if (run.path / ".complete").is_file() and all(np.isfinite([stored["accuracy"], stored["log_loss"]])):
+            return stored
+    return None
+
+
+def _train_and_evaluate(run: Run, prepared: Prepared, loop: Loop) -> dict[str, Any]:
+    """Does what is left of the run, and evaluates its best checkpoint on the validation images."""
+    config, settings, stop, log = prepared.config, prepared.settings, loop.stop, loop.log
+    examples = {split: prepared.examples[split] for split in ("train", "val")}
     # Of phases still to do: once a phase has changed a stage, what a finished phase cached above it is gone.
-    to_do = [phase for phase in trainer.phases if phase.last_step >= fit.step()]
-    cached = cached_loads(trainer.model, to_do, {"train": train, "val": val}, spec, settings.cache_dir, stop)
-    fit.open_logs()
-    fit.events.images("train", "inputs", _sample_inputs(train, spec, settings.seed), step=0)
-    with progress_bar(settings.epochs * len(train), fit.images_between(0, fit.step()), "training") as bar:
+    to_do = [phase for phase in config.phases if phase.end_step >= loop.trainer.steps_done()]
+    cached = prepared.cached_loads(to_do, examples, stop)
+    of_images = {split: data.image_loader(examples[split], config.preprocessing, settings.seed) for split in examples}
+    done = loop.order.images_before(loop.trainer.steps_done())
+    with progress_bar(settings.epochs * len(examples["train"]), done, "training") as bar:
         for phase in to_do:
-            loads = cached[phase.input_stage] if phase.views else image_loads
-            fit.run_phase(phase, loads["train"], loads["val"], bar)
-    fit.finish()
-    best = run.load_model()
+            loads = cached[phase.input_stage] if phase.views else of_images
+            loop.run_phase(phase, loads["train"], loads["val"], bar)
+    log.draw_curves()
+    run.load_best(prepared.network)
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
-    results = _write_results(run, best, val, found.root, "val", loads["val"], phase.input_stage, stop)
+    batches = data.ordered_batches(loads["val"], examples["val"].labels, EVALUATION_BATCH)
+    results = write_scores(
+        run.path, config, prepared.network, examples["val"], config.data.root, "val", batches, phase.input_stage, stop
+    )
     for picture in ("confusion-val", "confusion-val-normalised", "worst-val"):
-        fit.events.images("val", picture, images.read_image(run.path / f"{picture}.png")[None], fit.progress.best_step)
-    fit.events.close()
-    complete.touch()  # results alone do not say so: a kill may have left half of them, or evaluate.py earlier ones
+        pixels = images.read_image(run.path / f"{picture}.png")
+        log.events.images("val", picture, pixels[None], loop.keeper.progress.best_step)
+    log.events.close()
     return results
 
 
-def _sample_inputs(examples: layouts.Examples, spec: data.Preprocessing, seed: int, count: int = 16) -> np.ndarray:
+def _sample_inputs(examples: layouts.Examples, config: RunConfig, count: int = 16) -> np.ndarray:
     """What the network sees of the first training images of the run, uint8 [count, S, S, 3]."""
-    batches = data.train_batches(data.image_loader(examples, spec, seed), examples.labels, count, seed, 0, 10**9)
-    x = next(iter(batches))[0].numpy()
-    return np.clip(np.rint(x + data.MEAN_RGB), 0, 255).astype(np.uint8)
-
-
-def cached_loads(
-    model: Network,
-    phases: list[Phase],
-    examples: dict[str, layouts.Examples],
-    spec: data.Preprocessing,
-    cache_dir: str,
-    stop: StopSignals,
-) -> dict[str, dict[str, data.Load]]:
-    """{stage: {split: loader of what enters the stage}}, computed where it is not on disk yet.
-
-    Random views for `train`, the central view for other splits. Later stages are computed from the activations of
-    earlier ones where those are cached too.
-    """
-    loads: dict[str, dict[str, data.Load]] = {}
-    source = {split: data.image_loader(examples[split], spec, features.VIEW_SEED) for split in examples}
-    source_stage = "conv1"
-    stages = {phase.input_stage: phase.views for phase in phases if phase.views}
-    in_order = sorted(stages, key=model.stages.index)
-
-    def cache(stage: str, split: str) -> features.Cache:
-        views = list(range(stages[stage])) if split == "train" else [data.CENTRAL_VIEW]
-        return features.Cache(model, stage, examples[split], spec, views, cache_dir)
-
-    caches = {stage: {split: cache(stage, split) for split in examples} for stage in in_order}
-    features.check_disk([cache for of_stage in caches.values() for cache in of_stage.values()], cache_dir)
-    for stage in in_order:
-        missing = sum(cache.missing_rows() for cache in caches[stage].values())
-        if missing:
-            size = sum(cache.missing_bytes() for cache in caches[stage].values()) / 1e6
-            print(f"caching    {missing} activations that enter {stage} in {cache_dir}/: {size:.1f} MB", flush=True)
-            with progress_bar(missing, 0, f"caching {stage}") as bar:
-
-                def each(rows: int, bar: tqdm = bar) -> None:
-                    bar.update(rows)
-                    stop.check()
-
-                for split in examples:
-                    caches[stage][split].fill(source[split], source_stage, each)
-        loads[stage] = source = {split: caches[stage][split].loader() for split in examples}
-        source_stage = stage
-    return loads
-
-
-# -- evaluation ------------------------------------------------------------------------------------------------------
-
-
-def evaluate(run: Run, data_path: str | None, split: str) -> dict[str, Any]:
-    """Scores the best checkpoint of `run` on a split of its own data, or of `data_path`, matching classes by name.
-
-    Writes results-<split>.json and the rest beside the run's other files; returns the scores.
-    """
-    config = run.config()
-    settings = Settings.from_dict(config["settings"])
-    model = run.load_model()
-    found = plan.find_images(settings, data_path or config["data"]["path"])
-    splits = found.splits if data_path else plan.usable_examples(settings, found, config["excluded"])
-    if split not in (*splits, "all"):
-        raise UserError(f"--split {split}: {found.root} has the splits {', '.join(splits)}, all")
-    chosen = list(splits.values()) if split == "all" else [splits[split]]
-    paths = tuple(path for examples in chosen for path in examples.paths)
-    labels = np.concatenate([examples.labels for examples in chosen])
-    if not paths:
-        raise UserError(f"--split {split}: {found.root} has no image in it")
-    names = config["class_names"]
-    if unknown := sorted(set(found.class_names) - set(names)):
-        raise UserError(f"{found.root}: the run has no class {', '.join(unknown)}; its classes are {', '.join(names)}")
-    position = np.array([names.index(name) for name in found.class_names])
-    examples = layouts.Examples(paths, position[labels])
-    load = data.image_loader(examples, run.preprocessing(), settings.seed)
-    with readable_failures():
-        return _write_results(run, model, examples, found.root, split, load, "conv1")
-
-
-def _write_results(
-    run: Run,
-    model: Network,
-    examples: layouts.Examples,
-    root: str,
-    split: str,
-    load: data.Load,
-    input_stage: str,
-    stop: StopSignals | None = None,
-) -> dict[str, Any]:
-    """Scores `model` on `examples` and writes every result file of the split into the run directory."""
-    batches = data.ordered_batches(load, examples.labels, EVALUATION_BATCH)
-    with progress_bar(len(examples), 0, f"evaluating {split}", leave=False) as bar:
-
-        def each(count: int) -> None:
-            bar.update(count)
-            if stop:
-                stop.check()
-
-        logits = predict(compiled_forward(model, input_stage), batches, each)
-    return write_results(
-        run.path,
-        split,
-        run.config()["class_names"],
-        examples.labels,
-        metrics.softmax(logits),
-        [os.path.relpath(path, root) for path in examples.paths],
-        {"data": root},
-        read_image=lambda name: images.read_image(os.path.join(root, name)),
-    )
+    load = data.image_loader(examples, config.preprocessing, config.model.seed)
+    order = data.Order(len(examples), count, config.model.seed)
+    batch = next(iter(data.train_batches(load, examples.labels, order, 0, order.epoch_steps)))
+    return data.to_picture(batch[0].numpy(), config.preprocessing)

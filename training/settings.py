@@ -1,4 +1,4 @@
-"""Every setting of a training run, in one place: name, default, range and help; `train.py` makes its flags of them."""
+"""Every setting of a training run: name, default, range and help; `train.py` makes its flags of them."""
 
 import argparse
 import dataclasses
@@ -8,6 +8,8 @@ from typing import Any
 from console import UserError
 from data import AUGMENTATIONS
 from model import HEADS, NETWORKS
+
+MANY = 1_000_001  # above what anybody means; larger numbers overflow somewhere in TensorFlow
 
 
 def _setting(
@@ -36,21 +38,23 @@ class Settings:
         choices=("auto", *HEADS),
     )
     train_from: str = _setting(
-        "conv1",
-        "first stage to train (conv1: end to end); 'head': the new layers alone",
-        choices=("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8", "head"),
+        "",
+        "first stage to train, such as conv5; 'head': the new layers alone; default: the network's first, end to end",
     )
-    head_epochs: int = _setting(0, "of the epochs, the first N train the new layers alone", least=0)
+    head_epochs: int = _setting(0, "of the epochs, the first N train the new layers alone", least=0, below=MANY)
     cached_views: int = _setting(
         -1,
         "compute the activations below the trained stages once, for N random views of each training image, and train "
         "on those; 0: never; default: 2 where the head alone is trained, else 0",
         least=-1,
+        below=MANY,
     )
     cache_dir: str = _setting("features", "folder of the cached activations, shared between runs")
-    epochs: int = _setting(20, "passes over the training images", least=1)
-    batch_size: int = _setting(64, "images a step", least=1)
-    accumulate: int = _setting(1, "compute a batch in N parts, to fit a large batch in little memory", least=1)
+    epochs: int = _setting(20, "passes over the training images", least=1, below=MANY)
+    batch_size: int = _setting(64, "images a step", least=1, below=MANY)
+    accumulate: int = _setting(
+        1, "compute a batch in N parts, to fit a large batch in little memory", least=1, below=MANY
+    )
     learning_rate: float = _setting(1e-3, "learning rate at the first step", least=0)
     end_learning_rate: float = _setting(1e-7, "learning rate that the linear decay ends at", least=0)
     new_layer_rate: float = _setting(1.0, "factor on the learning rate of newly initialised layers", least=0)
@@ -62,11 +66,13 @@ class Settings:
     class_weights: str = _setting(
         "none", "'balanced': every class weighs the same, however few its images", choices=("none", "balanced")
     )
-    patience: int = _setting(0, "stop after N epochs without a better validation accuracy or loss; 0: never", least=0)
+    patience: int = _setting(
+        0, "stop after N epochs without a better validation accuracy or loss; 0: never", least=0, below=MANY
+    )
     image_size: int = _setting(224, "side of the network's input, pixels", least=32, below=2049)
-    crop_margin: int = _setting(10, "the crop is a square of side min(h, w) - 2 * margin, pixels", least=0)
+    crop_margin: int = _setting(10, "the crop is a square of side min(h, w) - 2 * margin, pixels", least=0, below=MANY)
     augment: tuple[str, ...] = _setting((), "random changes of training images beside the crop", choices=AUGMENTATIONS)
-    examples_per_class: int = _setting(0, "train on N images of each class; 0: all", least=0)
+    examples_per_class: int = _setting(0, "train on N images of each class; 0: all", least=0, below=MANY)
     val_fraction: float = _setting(0.2, "share of images to validate on where DATA has no such split", below=1, least=0)
     test_fraction: float = _setting(0.0, "share of images to keep for a test split", least=0, below=1)
     image_root: str = _setting("", "folder that the paths of a CSV are relative to; default: the CSV's own")

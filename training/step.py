@@ -7,21 +7,10 @@ import numpy as np
 import tensorflow as tf
 
 from model import Network
+from run import Phase
 
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps [first_step, last_step) of a run, in which the stages from `train_from` on are trained.
-
-    Their input is what enters `input_stage`: images (conv1), or `views` cached views of the activations there.
-    """
-
-    name: str
-    train_from: str
-    input_stage: str
-    views: int
-    first_step: int
-    last_step: int
+# The learning rate at a step: int64 scalar -> float32 scalar.
+Schedule = Callable[[tf.Tensor], tf.Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,6 +40,14 @@ def polynomial_decay(step: tf.Tensor, decay_steps: int, start: float, end: float
     """Learning rate at `step` (int64 scalar), float32: `tf.compat.v1.train.polynomial_decay` with power 1."""
     left = 1.0 - tf.cast(tf.minimum(step, decay_steps), tf.float32) / float(decay_steps)
     return (start - end) * left + end
+
+
+def decay_over(phase: Phase, settings: Optimisation) -> Schedule:
+    """Each phase decays from the start to the end learning rate."""
+    steps = phase.end_step - phase.first_step
+    return lambda step: polynomial_decay(
+        step - phase.first_step, steps, settings.learning_rate, settings.end_learning_rate
+    )
 
 
 def stateless_dropout(x: tf.Tensor, rate: float, seed: tf.Tensor, first_row: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
@@ -102,16 +99,11 @@ class Trainer(tf.Module):
         momenta = {f"{name}/Momentum": v for name, v in self.momenta.items()}
         return {**self.model.variables_by_name, **momenta, "global_step": self.step, "sums": self.sums}
 
-    def learning_rate(self, phase: Phase, step: tf.Tensor) -> tf.Tensor:
-        """Each phase decays from the start to the end learning rate."""
-        return polynomial_decay(
-            step - phase.first_step,
-            phase.last_step - phase.first_step,
-            self.settings.learning_rate,
-            self.settings.end_learning_rate,
-        )
+    def steps_done(self) -> int:
+        """Reads the device."""
+        return int(self.step.numpy())
 
-    def train_step(self, phase: Phase) -> Callable[[tf.Tensor, tf.Tensor], None]:
+    def train_step(self, phase: Phase, schedule: Schedule) -> Callable[[tf.Tensor, tf.Tensor], None]:
         """The compiled step of a phase: (x [B, *input], labels int64 [B]) -> updates the variables in place."""
         names = list(self.model.variables_from(phase.train_from))
         trained = [self.model.variables_by_name[name] for name in names]
@@ -123,7 +115,7 @@ class Trainer(tf.Module):
         )
         def step(x: tf.Tensor, labels: tf.Tensor) -> None:
             gradients, loss, correct = self._accumulate(x, labels, phase, trained)
-            self._update(names, gradients, loss, self.learning_rate(phase, self.step))
+            self._update(names, gradients, loss, schedule(self.step))
             examples = tf.cast(tf.shape(labels)[0], tf.float64)
             self.sums.assign_add(tf.stack([tf.cast(loss, tf.float64), tf.cast(correct, tf.float64), examples]))
             self.step.assign_add(1)
@@ -206,9 +198,9 @@ class Trainer(tf.Module):
         return float(loss / examples), float(correct / examples)
 
 
-def compiled_forward(model: Network, input_stage: str = "conv1") -> Callable[[tf.Tensor], tf.Tensor]:
-    """The compiled network from `input_stage` to the logits: x [B, *input_shape] -> [B, classes] float32."""
-    shape = model.input_shape(input_stage)
+def compiled_forward(model: Network, input_stage: str | None = None) -> Callable[[tf.Tensor], tf.Tensor]:
+    """The compiled network from `input_stage` (default: images): x [B, *input] -> logits [B, classes] float32."""
+    shape = model.input_shape(input_stage or model.stages[0])
 
     @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.float32)], autograph=False)
     def forward(x: tf.Tensor) -> tf.Tensor:
@@ -217,18 +209,6 @@ def compiled_forward(model: Network, input_stage: str = "conv1") -> Callable[[tf
     return forward
 
 
-def predict(
-    forward: Callable[[tf.Tensor], tf.Tensor],
-    batches: Iterable[tuple[tf.Tensor, ...]],
-    each: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """Logits, float32 [N, classes], of every example of `batches` ((x, ...) tuples; at least one batch), in order.
-
-    `each` is called with the number of examples after every batch (a progress bar; it may raise to stop).
-    """
-    logits = []
-    for x, *_ in batches:
-        logits.append(forward(x).numpy())
-        if each:
-            each(len(logits[-1]))
-    return np.concatenate(logits)
+def predict(forward: Callable[[tf.Tensor], tf.Tensor], batches: Iterable[tuple[tf.Tensor, ...]]) -> np.ndarray:
+    """Logits, float32 [N, classes], of every example of `batches` ((x, ...) tuples; at least one batch), in order."""
+    return np.concatenate([forward(x).numpy() for x, *_ in batches])

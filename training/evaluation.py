@@ -1,0 +1,165 @@
+"""Scoring the best checkpoint of a run, on its own images or on others."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+import data
+import devices
+from console import StopSignals, UserError, one_line
+from dataset import images, layouts
+from model import Network
+from reports import metrics
+from reports.results import write_results
+from run import Run, RunConfig
+from training import features, plan
+from training.settings import Settings
+from training.step import compiled_forward, predict
+
+EVALUATION_BATCH = 32
+
+
+def evaluate(
+    run: Run, data_path: str | None, split: str | None, image_root: str | None = None, skip_bad: bool = False
+) -> tuple[Path, str, dict[str, Any]]:
+    """Scores the best checkpoint of `run` on a split of its own data (default val), or on other data (default all).
+
+    `data_path` may also name the place that the run's own data have been moved to: they are recognised by their names.
+    Classes are matched by name; other data need neither training images nor all classes. Results on other data go to
+    `evaluations/<data>-<split>-<hash of its path>/`, so that they never replace the run's.
+
+    Returns the folder of the results, the split and the scores.
+    """
+    config = run.config()
+    devices.use_threads(config.threads or devices.cores())
+    network = run.load_model()
+    settings = Settings.from_dict(config.settings)
+    place = data_path or config.data.path or config.data.root
+    if not os.path.exists(place) and data_path is None:
+        raise UserError(f"{place}: the run's data are not there any more: name their new place with --data")
+    own = _own_data(config, settings, place, image_root)
+    if own is None and data_path is None:
+        raise UserError(f"{place}: the images are not those of the run any more: score them with --data {place}")
+    if own is not None:
+        found, splits = own, plan.usable_examples(settings, own, config.excluded)
+    else:
+        found = layouts.find_images(place, val_fraction=0.2, image_root=image_root)
+        splits = found.splits
+    split = split or ("all" if own is None else "val")
+    if split not in (*splits, "all"):
+        raise UserError(f"--split {split}: {found.root} has the splits {', '.join(splits)}, all")
+    chosen = list(splits.values()) if split == "all" else [splits[split]]
+    paths = tuple(path for examples in chosen for path in examples.paths)
+    labels = np.concatenate([examples.labels for examples in chosen])
+    names = config.class_names
+    if unknown := sorted(set(found.class_names) - set(names)):
+        raise UserError(f"{found.root}: the run has no class {', '.join(unknown)}; its classes are {', '.join(names)}")
+    position = np.array([names.index(name) for name in found.class_names])
+    examples = layouts.Examples(paths, position[labels])
+    if skip_bad:
+        examples = _without_bad(examples)
+    if not len(examples):
+        raise UserError(f"--split {split}: {found.root} has no usable image in it")
+    folder = run.path if own is not None else run.path / "evaluations" / _evaluation_name(found.root, place, split)
+    batches = data.ordered_batches(
+        data.image_loader(examples, config.preprocessing, settings.seed), examples.labels, EVALUATION_BATCH
+    )
+    with readable_failures(), StopSignals() as stop:
+        results = write_scores(folder, config, network, examples, found.root, split, batches, None, stop)
+    return folder, split, results
+
+
+def _own_data(
+    config: RunConfig, settings: Settings, place: str, image_root: str | None
+) -> layouts.LabelledImages | None:
+    """The images at `place` where they are those that the run was begun with, perhaps moved; else None."""
+    if place == config.data.path:
+        image_root = image_root or settings.image_root
+    settings = dataclasses.replace(settings, image_root=image_root or "")
+    try:
+        found = plan.list_images(settings, place)
+    except UserError:
+        return None  # not a data set to train on, but perhaps one to score
+    return found if found.digest() == config.data.digest else None
+
+
+def _evaluation_name(root: str, place: str, split: str) -> str:
+    name = re.sub(r"[^\w.-]+", "_", os.path.basename(os.path.abspath(place)))[:60] or "data"
+    return f"{name}-{split}-{hashlib.sha256(os.fsencode(os.path.abspath(place))).hexdigest()[:6]}"
+
+
+def _without_bad(examples: layouts.Examples) -> layouts.Examples:
+    """The examples whose files can be decoded; the others are named."""
+    faults = find_faults(sorted(set(examples.paths)), thorough=True)
+    for path, reason in faults.items():
+        print(f"skipped {one_line(path)}: {reason}")
+    return examples.subset([i for i, path in enumerate(examples.paths) if path not in faults])
+
+
+def write_scores(
+    folder: Path,
+    config: RunConfig,
+    network: Network,
+    examples: layouts.Examples,
+    root: str,
+    split: str,
+    batches: tf.data.Dataset,
+    input_stage: str | None,
+    stop: StopSignals,
+) -> dict[str, Any]:
+    """Scores `network` on `examples`, whose `batches` enter `input_stage`; writes every result file of the split."""
+    watched = stop.watch(batches, len(examples), f"evaluating {split}", size=lambda batch: len(batch[0]))
+    logits = predict(compiled_forward(network, input_stage), watched)
+    if not np.isfinite(logits).all():
+        raise UserError(f"{split}: the outputs of the network are not finite numbers: train again with a lower rate")
+    return write_results(
+        folder,
+        split,
+        config.class_names,
+        examples.labels,
+        metrics.softmax(logits),
+        [os.path.relpath(path, root) for path in examples.paths],
+        {"data": root},
+        read_image=lambda name: images.read_image(os.path.join(root, name)),
+    )
+
+
+def find_faults(paths: Sequence[str], thorough: bool) -> dict[str, str]:
+    """`images.find_faults` under a progress bar."""
+    progress = functools.partial(tqdm, desc="checking images", unit="img", leave=False, disable=None)
+    return images.find_faults(paths, thorough=thorough, progress=progress)
+
+
+@contextlib.contextmanager
+def readable_failures() -> Iterator[None]:
+    """Turns TensorFlow's errors that a person can fix into a UserError of one line."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        # What Python raised inside the pipeline arrives as text.
+        damaged = re.search(r"DamagedCache: (.+): damaged cached", error.message)
+        unreadable = re.search(r"ImageError: (.+)", error.message)
+        if damaged:
+            raise features.DamagedCache(damaged[1]) from None
+        if unreadable:
+            raise UserError(f"{unreadable[1]}; python -m tools.check_data finds all bad images") from None
+        if "No space left" in error.message or "File too large" in error.message:
+            raise UserError(
+                f"no space left: free some disk and run the same command again ({one_line(error.message)[-160:]})"
+            ) from None
+        if isinstance(error, tf.errors.ResourceExhaustedError):
+            raise UserError(
+                "the device has not enough memory: lower --batch-size, or keep it and compute it in parts with "
+                f"--accumulate 2 or more ({one_line(error.message)[:160]})"
+            ) from None
+        raise
