@@ -142,7 +142,9 @@ def draw_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]])
             axes.plot(_column(lines, "epoch"), _column(lines, key), line, color=colour, marker=few, label=label,
                       markersize=5, linewidth=1.4)  # fmt: skip
     rates = [record for record in records if math.isfinite(_number(record.get("learning_rate")))]
-    for _, group in itertools.groupby(rates, key=lambda record: record.get("phase", record.get("stage"))):  # no line from stage to stage
+    for _, group in itertools.groupby(
+        rates, key=lambda record: record.get("phase", record.get("stage"))
+    ):  # no line from stage to stage
         lines = list(group)
         panels[2].plot(_column(lines, "epoch"), _column(lines, "learning_rate"), color=GREEN,
                        marker="." if len(rates) <= 100 else "", linewidth=1.4)  # fmt: skip

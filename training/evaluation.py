@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import data
 import devices
 from console import StopSignals, UserError, one_line
 from dataset import images, layouts
+from dataset.contents import Fingerprint, fingerprints
 from model import Network
 from reports import metrics
 from reports.results import write_results
@@ -34,7 +35,7 @@ def evaluate(
 ) -> tuple[Path, str, dict[str, Any]]:
     """Scores the best checkpoint of `run` on a split of its own data (default val), or on other data (default all).
 
-    `data_path` may also name the place that the run's own data have been moved to: they are recognised by their names.
+    `data_path` may also name the place that the run's own data have been moved to: they are recognised by content.
     Classes are matched by name; other data need neither training images nor all classes. Results on other data go to
     `evaluations/<data>-<split>-<hash of its path>/`, so that they never replace the run's.
 
@@ -47,9 +48,12 @@ def evaluate(
     place = data_path or config.data.path or config.data.root
     if not os.path.exists(place) and data_path is None:
         raise UserError(f"{place}: the run's data are not there any more: name their new place with --data")
-    own = _own_data(config, settings, place, image_root)
+    own, changes = _own_data(run, config, settings, place, image_root)
     if own is None and data_path is None:
-        raise UserError(f"{place}: the images are not those of the run any more: score them with --data {place}")
+        raise UserError(
+            f"{place}: the images are not those that the run began with ({', '.join(changes)}): restore them, or score "
+            f"them as other data with --data {place}"
+        )
     if own is not None:
         found, splits = own, plan.usable_examples(settings, own, config.excluded)
     else:
@@ -80,17 +84,22 @@ def evaluate(
 
 
 def _own_data(
-    config: RunConfig, settings: Settings, place: str, image_root: str | None
-) -> layouts.LabelledImages | None:
-    """The images at `place` where they are those that the run was begun with, perhaps moved; else None."""
-    if place == config.data.path:
+    run: Run, config: RunConfig, settings: Settings, place: str, image_root: str | None
+) -> tuple[layouts.LabelledImages | None, list[str]]:
+    """The images at `place` where they are those that the run was begun with, perhaps moved; else what differs."""
+    if os.path.abspath(place) == config.data.path:
         image_root = image_root or settings.image_root
     settings = dataclasses.replace(settings, image_root=image_root or "")
     try:
         found = plan.list_images(settings, place)
-    except UserError:
-        return None  # not a data set to train on, but perhaps one to score
-    return found if found.digest() == config.data.digest else None
+        if found.digest() != config.data.digest:
+            return None, ["another list of files"]
+        examples = plan.usable_examples(settings, found, config.excluded)
+    except UserError as error:  # not a data set to train on, but perhaps one to score
+        return None, [str(error)]
+    prints = fingerprint_images(examples, plan.known_fingerprints(run, found.root))
+    changes = plan.image_changes(run, config, found, plan.record_images(found, examples, prints))
+    return (None if changes else found), changes
 
 
 def _evaluation_name(root: str, place: str, split: str) -> str:
@@ -163,3 +172,12 @@ def readable_failures() -> Iterator[None]:
                 f"--accumulate 2 or more ({one_line(error.message)[:160]})"
             ) from None
         raise
+
+
+def fingerprint_images(
+    examples: Mapping[str, layouts.Examples], known: Mapping[str, Fingerprint]
+) -> dict[str, Fingerprint]:
+    """The fingerprint of every image, under a progress bar; see `dataset.contents.fingerprints`."""
+    paths = [path for of_split in examples.values() for path in of_split.paths]
+    progress = functools.partial(tqdm, desc="reading images", unit="files", leave=False, disable=None)
+    return fingerprints(paths, known, devices.cores(), progress)

@@ -140,6 +140,11 @@ def read_images(run: Run) -> dict[str, Recorded]:
         return {}
 
 
+def known_fingerprints(run: Run, root: str) -> dict[str, Fingerprint]:
+    """{path below `root`: fingerprint} of the images that the run began with."""
+    return {os.path.join(root, name): image.fingerprint for name, image in read_images(run).items()}
+
+
 def _in_csv(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()  # as `files.write_text` writes it
 
@@ -160,34 +165,25 @@ def check_settings(run: Run, config: RunConfig, settings: Settings) -> None:
         raise UserError(f"{run.path} can't be resumed: {'; '.join(differing)}; repeat its settings or name a new --run")
 
 
-def check_images(run: Run, config: RunConfig, found: layouts.LabelledImages, now: Mapping[str, Recorded]) -> None:
-    """Raises UserError that says what has changed, where the images are not those that the run began with."""
-    then, changes = read_images(run), []
+def image_changes(run: Run, config: RunConfig, found: layouts.LabelledImages, now: Mapping[str, Recorded]) -> list[str]:
+    """What has changed, in phrases, since the run began with its images; `now`: the images that it would use today."""
+    then = read_images(run)
     if then:
+        both = [name for name in now if name in then]
         kinds = {
             "new": sorted(now.keys() - then.keys()),
             "gone": sorted(then.keys() - now.keys()),
             "of another class or split": [
-                name
-                for name, image in now.items()
-                if name in then and (image.class_name, image.split) != (then[name].class_name, then[name].split)
+                n for n in both if (now[n].class_name, now[n].split) != (then[n].class_name, then[n].split)
             ],
-            "of other content": [
-                name
-                for name, image in now.items()
-                if name in then and image.fingerprint.content != then[name].fingerprint.content
-            ],
+            "of other content": [n for n in both if now[n].fingerprint.content != then[n].fingerprint.content],
         }
         changes = [f"{len(names)} {kind} (first {one_line(names[0])!r})" for kind, names in kinds.items() if names]
-    elif config.data.content not in ("", content_digest(now)):
-        changes = ["some are of other content"]
+    else:
+        changes = [] if config.data.content in ("", content_digest(now)) else ["some are of other content"]
     if not changes and found.digest() != config.data.digest:
         changes = ["the list of files is another"]
-    if changes:
-        raise UserError(
-            f"{run.path} can't be resumed: the images of {found.root} are not those that it began with: "
-            f"{', '.join(changes)}; restore them, or name a new --run"
-        )
+    return changes
 
 
 def content_digest(images: Mapping[str, Recorded]) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import platform
@@ -14,18 +13,17 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 import data
 import devices
 from console import StopSignals, UserError, one_line, progress_bar
 from dataset import images, layouts
-from dataset.contents import Fingerprint, fingerprints
+from dataset.contents import Fingerprint
 from files import write_text
 from model import Network
 from run import DataRecord, ModelRecord, Phase, Run, RunConfig, WeightsRecord, new_network
 from training import features, plan
-from training.evaluation import find_faults, readable_failures, write_scores
+from training.evaluation import find_faults, fingerprint_images, readable_failures, write_scores
 from training.log import Log
 from training.loop import Keeper, Loop
 from training.settings import Settings
@@ -86,7 +84,7 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
     new = [name for name, _ in report.new]
     excluded = _bad_images(settings, found)
     examples = plan.usable_examples(settings, found, excluded)
-    prints = _fingerprints(examples, {})
+    prints = fingerprint_images(examples, {})
     content = plan.content_digest(plan.record_images(found, examples, prints))
     config = RunConfig(
         command=list(command),
@@ -118,10 +116,12 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     found = plan.list_images(settings, data_path)
     plan.check_settings(run, config, settings)
     examples = plan.usable_examples(settings, found, config.excluded)
-    recorded = plan.read_images(run)
-    known = {os.path.join(found.root, name): image.fingerprint for name, image in recorded.items()}
-    prints = _fingerprints(examples, known)
-    plan.check_images(run, config, found, plan.record_images(found, examples, prints))
+    prints = fingerprint_images(examples, plan.known_fingerprints(run, found.root))
+    if changes := plan.image_changes(run, config, found, plan.record_images(found, examples, prints)):
+        raise UserError(
+            f"{run.path} can't be resumed: the images of {found.root} are not those that it began with: "
+            f"{', '.join(changes)}; restore them, or name a new --run"
+        )
     network = new_network(config)
     if not run.has_checkpoint("latest"):  # killed before its first one
         source = config.pretrained.source
@@ -159,12 +159,6 @@ def _bad_images(settings: Settings, found: layouts.LabelledImages) -> list[str]:
         print(f"skipped {one_line(names[path])}: {reason}")
     print(f"skipped {len(faults)} bad files of {len(paths)}")
     return [names[path] for path in faults]
-
-
-def _fingerprints(examples: Mapping[str, layouts.Examples], known: Mapping[str, Fingerprint]) -> dict[str, Fingerprint]:
-    paths = [path for of_split in examples.values() for path in of_split.paths]
-    progress = functools.partial(tqdm, desc="reading images", unit="files", leave=False, disable=None)
-    return fingerprints(paths, known, devices.cores(), progress)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
