@@ -77,16 +77,29 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
 
 
 def check_writable(flag: str, path: str | os.PathLike[str]) -> None:
-    """Raises UserError, before work is done, where `write_text` to `path`, the value of `flag`, would fail."""
+    """Raises UserError, before work is done, where writing `path`, the file that `flag` names, would fail."""
     path = Path(path)
-    aside = path.with_name(f".tmp-{uuid.uuid4().hex}") if path.name else path
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        aside.touch()
-        aside.unlink()
+        _try_writing(path.parent)
     except OSError as error:
         raise UserError(f"{flag} {one_line(path)}: can't be written: {error.strerror}; name another file") from None
+
+
+def check_folder(flag: str, path: str | os.PathLike[str]) -> None:
+    """Makes the folder that `flag` names, and raises UserError where nothing can be written in it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        _try_writing(Path(path))
+    except OSError as error:
+        raise UserError(f"{flag} {one_line(path)}: can't be written: {error.strerror}; name another folder") from None
+
+
+def _try_writing(folder: Path) -> None:
+    aside = folder / f".tmp-{uuid.uuid4().hex}"
+    aside.touch()
+    aside.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

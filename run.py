@@ -125,7 +125,7 @@ class RunConfig:
         """Of a parsed config.json of this or an earlier version; ValueError says what is wrong with it."""
         version = value.get("format", 1) if isinstance(value, dict) else 0
         if not isinstance(version, int) or version > FORMAT:
-            raise ValueError(f"written by a later version (format {version}; this one reads up to {FORMAT}): update")
+            raise ValueError(f"format {version} is of a later version; this one reads up to {FORMAT}: update")
         if version == 1 and isinstance(value.get("phases"), list):
             phases = [
                 {**phase, "end_step": phase.get("last_step")} if isinstance(phase, dict) else phase
@@ -223,9 +223,7 @@ class Run:
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{file}: not the record of a run: {one_line(error)[:200]}; restore that file, or train again"
-            ) from None
+            raise UserError(f"{file}: not the record of a run: {one_line(error)[:200]}") from None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -325,11 +323,15 @@ class Run:
         prefixes = _prefixes(self.path / kind)
         for prefix in reversed(prefixes):
             try:
+                for part in prefix.parent.glob(f"{prefix.name}.*"):
+                    os.close(open_regular(part))
                 reader = tf.train.load_checkpoint(str(prefix))
                 # Reading a tensor checks its checksum.
                 names = reader.get_variable_to_shape_map()
                 return {name: np.asarray(reader.get_tensor(name)) for name in names}, warnings  # text comes as bytes
-            except (tf.errors.OpError, ValueError, RuntimeError, IndexError) as error:
+            except PermissionError as error:
+                raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+            except (OSError, tf.errors.OpError, ValueError, RuntimeError, IndexError) as error:
                 warnings.append(f"{prefix}: damaged, not used ({one_line(error)[:120]})")
         if _prefixes(self.path / kind) != prefixes:  # a training process has replaced them meanwhile
             return self.load(kind)

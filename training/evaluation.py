@@ -19,6 +19,7 @@ import devices
 from console import StopSignals, UserError, one_line
 from dataset import images, layouts
 from dataset.contents import Fingerprint, fingerprints
+from files import check_folder
 from model import Network
 from reports import metrics
 from reports.results import write_results
@@ -75,6 +76,7 @@ def evaluate(
     if not len(examples):
         raise UserError(f"--split {split}: {found.root} has no usable image in it")
     folder = run.path if own is not None else run.path / "evaluations" / _evaluation_name(found.root, place, split)
+    check_folder("--run", folder)
     batches = data.ordered_batches(
         data.image_loader(examples, config.preprocessing, settings.seed), examples.labels, EVALUATION_BATCH
     )

@@ -26,7 +26,7 @@ import data
 from console import StopSignals, UserError, progress_bar
 from dataset.contents import Fingerprint
 from dataset.layouts import Examples
-from files import UNSUPPORTED, flush_to_disk, open_regular, warn_once, write_json
+from files import UNSUPPORTED, check_folder, flush_to_disk, open_regular, warn_once, write_json
 from model import Network
 from run import Phase
 
@@ -268,12 +268,7 @@ def check_disk(caches: Sequence[Cache], root: str) -> None:
     """Raises UserError where the missing rows of all caches together would not leave `DISK_RESERVE` free."""
     if not caches:
         return
-    try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            caches[0].folder.mkdir()
-    except OSError as error:
-        raise UserError(f"--cache-dir {root}: can't be written: {error.strerror}; name another folder") from None
+    check_folder("--cache-dir", root)
     needed, free = sum(cache.missing_bytes() for cache in caches), shutil.disk_usage(root).free
     if needed and needed + DISK_RESERVE > free:
         raise UserError(

@@ -19,7 +19,7 @@ import devices
 from console import StopSignals, UserError, one_line, progress_bar
 from dataset import images, layouts
 from dataset.contents import Fingerprint
-from files import write_text
+from files import check_folder, write_text
 from model import Network
 from run import DataRecord, ModelRecord, Phase, Run, RunConfig, WeightsRecord, new_network
 from training import features, plan
@@ -176,6 +176,8 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
         settings = dataclasses.replace(settings, image_root=os.path.abspath(settings.image_root))
     _refuse_inside(data_path, {"--run": run.path, "--cache-dir": Path(settings.cache_dir)})
     prepared = None if run.exists() else prepare(settings, data_path, command)
+    if prepared and any(phase.views for phase in prepared.config.phases):
+        check_folder("--cache-dir", settings.cache_dir)
     with run.locked(), StopSignals() as stop:
         if run.exists():  # perhaps since a moment ago
             prepared = resume(run, settings, data_path)
