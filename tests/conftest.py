@@ -27,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", rf"error:::{package}\..*")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def threads() -> None:
+    """The number of threads decides how sums are rounded: runs in this process and in scripts shall agree."""
+    import devices
+
+    devices.use_threads(devices.default_threads())
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data sets beside the project, `../shared/data`, or wherever VGG_SHARED_DATA points."""

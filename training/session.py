@@ -242,7 +242,7 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals) -> dict[str, Any]:
 
 def _stored_results(run: Run) -> dict[str, Any] | None:
     """The results of a run that is complete; None where they are missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         stored = json.loads((run.path / "results-val.json").read_text(encoding="utf-8"))
         if (run.path / ".complete").is_file() and all(np.isfinite([stored["accuracy"], stored["log_loss"]])):
             return stored
