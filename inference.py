@@ -18,7 +18,7 @@ import tensorflow as tf
 
 import data
 from dataset import images
-from dataset.layouts import is_image_name
+from dataset.walk import summary, walk
 from files import write_text
 from reports import metrics
 from run import Run, newest_run
@@ -33,8 +33,10 @@ def find_files(patterns: list[str]) -> list[str]:
     files: list[str] = []
     for pattern in patterns:
         if os.path.isdir(pattern):
-            found = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names]
-            found = sorted(path for path in found if is_image_name(os.path.basename(path)))
+            listing = walk(pattern)
+            found = [os.path.join(pattern, name) for name in listing.names()]
+            if ignored := summary([*listing.ignored, *listing.ours]):
+                print(f"{one_line(pattern)}: {ignored}", file=sys.stderr)
             if not found:
                 raise UserError(f"{pattern}: no image in this folder")
         elif os.path.lexists(pattern) or not glob.has_magic(pattern):

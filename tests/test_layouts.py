@@ -2,7 +2,6 @@
 
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 from console import UserError
-from dataset import layouts
 from dataset.layouts import Examples, LabelledImages, cut_by_hash, find_images, take_per_class
 from dataset.lists import read_food101_lists
 
@@ -138,7 +136,10 @@ def test_train_can_be_a_class(tmp_path: Path) -> None:
     assert find_images(str(class_folders(tmp_path, ["train", "car", "bus"]))).class_names == ("bus", "car", "train")
 
 
-def test_only_image_names_count(tmp_path: Path) -> None:
+JPEG = b"\xff\xd8\xff\xe0"  # how every JPEG begins
+
+
+def test_what_counts_as_an_image(tmp_path: Path) -> None:
     images = [
         "a.jpg",
         "b.JPEG",
@@ -152,15 +153,73 @@ def test_only_image_names_count(tmp_path: Path) -> None:
         "j.TIFF",
         "two.dots.jpg",
     ]
-    others = ["Thumbs.db", ".DS_Store", ".hidden.jpg", "._a.jpg", "list.txt", "a.zip", "jpg", "a.jpg.part", "a.csv"]
-    touch(tmp_path, *(f"{c}/{name}" for c in ("x", "y") for name in images + others), "stray.jpg")
-    (tmp_path / "x" / "folder.jpg").mkdir()  # reported by whoever checks the files: an example here
-    (tmp_path / "x" / "dangling.jpg").symlink_to("nowhere")
+    silent = ["Thumbs.db", "desktop.ini", ".DS_Store", ".hidden.jpg", "._a.jpg", "__MACOSX/x.jpg", "@eaDir/a.jpg"]
+    ignored = ["a.heic", "list.txt", "a.zip", "jpg", "a.jpg.part", "a.csv", "z.cr2"]
+    touch(tmp_path, *(f"{c}/{name}" for c in ("x", "y") for name in images + silent + ignored), "stray.jpg", "read.me")
+    (tmp_path / "x" / "dangling.jpg").symlink_to("nowhere")  # reported by whoever checks the files: an example here
+    (tmp_path / "x" / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "x" / "fifo")
+    for name in ("by content", "k.jpg_large", "raw.nef"):  # a raw file is TIFF by content, of a small preview
+        (tmp_path / "y" / name).write_bytes(b"II*\0" if name == "raw.nef" else JPEG)
     found = find_images(str(tmp_path), val_fraction=0)
-    assert found.relative_names("train") == [f"x/{n}" for n in sorted([*images, "folder.jpg", "dangling.jpg"])] + [
-        f"y/{n}" for n in sorted(images)
+    assert found.relative_names("train") == [f"x/{n}" for n in sorted([*images, "dangling.jpg"])] + [
+        f"y/{n}" for n in sorted([*images, "by content", "k.jpg_large"])
     ]
     assert len(found.splits["val"]) == 0
+    more = ["stray.jpg", "read.me", "x/dangling", "x/fifo", "y/raw.nef"]
+    assert sorted(found.ignored) == sorted([f"{c}/{name}" for c in ("x", "y") for name in ignored] + more)
+    assert "ignored 19 files that are no images (4 without extension, 2 .csv" in found.remarks()
+    assert "\n" not in found.remarks()
+
+
+def test_folders_below_class_folders(tmp_path: Path) -> None:
+    for name in ("2022/01/a.jpg", "2023/a.jpg", "2023/a.txt", "b.jpg"):
+        touch(tmp_path, *(f"{c}/{name}" for c in ("cat", "dog")))
+    touch(tmp_path, "cat/2022/.hidden/c.jpg", "cat/empty/x/.keep")
+    found = find_images(str(tmp_path), val_fraction=0)
+    assert found.class_names == ("cat", "dog")
+    names = ["cat/2022/01/a.jpg", "cat/2023/a.jpg", "cat/b.jpg", "dog/2022/01/a.jpg", "dog/2023/a.jpg", "dog/b.jpg"]
+    assert found.relative_names("train") == names
+    assert found.splits["train"].labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.remarks() == "ignored 2 files that are no images (2 .txt), first 'cat/2023/a.txt'"
+
+
+def test_nothing_to_remark(tmp_path: Path) -> None:
+    assert find_images(str(class_folders(tmp_path))).remarks() == ""
+
+
+def test_remarks_are_one_line_of_bearable_length(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    touch(tmp_path, *(f"cat/bad\nname\x1b[31m{n}.x{n % 9}" for n in range(2000)), "cat/one.\x1b[0m")
+    remarks = find_images(str(tmp_path)).remarks()
+    assert remarks.isprintable()
+    assert "ignored 2001 files" in remarks
+    assert len(remarks) < 300
+
+
+@pytest.mark.parametrize("place", ["", "cat/", "train/"])
+def test_our_own_folders_are_no_data(tmp_path: Path, place: str) -> None:
+    """A run and its cache in the data, as `train.py .` makes them."""
+    class_folders(tmp_path / place if place == "train/" else tmp_path, count=5)
+    expected = find_images(str(tmp_path)).digest()
+    for run in ("checkpoints/2026-1", "checkpoints/2026-2", "run"):
+        touch(
+            tmp_path / place, *(f"{run}/{name}" for name in ("config.json", "classes.txt", "curves.png", "val/a.png"))
+        )
+    touch(tmp_path / place, "features/0123/cache.json", "features/0123/a.npy")
+    found = find_images(str(tmp_path))
+    assert found.digest() == expected
+    ours = ["checkpoints/2026-1/", "checkpoints/2026-2/", "features/0123/", "run/"]
+    assert sorted(found.ignored) == [f"{place}{name}" for name in ours]
+    assert "ignored folders" in found.remarks()
+
+
+def test_folders_that_are_no_split_are_named(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train")
+    touch(tmp_path, "holdout/cat/1.jpg", "annotations/a.xml", "notes.txt", "train/stray.jpg")
+    found = find_images(str(tmp_path))
+    assert sorted(found.ignored) == ["annotations/", "holdout/", "notes.txt", "train/stray.jpg"]
+    assert "ignored folders 'annotations/', 'holdout/'" in found.remarks()
 
 
 def test_links_to_folders_and_files(tmp_path: Path) -> None:
@@ -174,6 +233,21 @@ def test_links_to_folders_and_files(tmp_path: Path) -> None:
     assert found.class_names == ("cat", "dog")
     assert "cat/link.jpg" in placed(found)
     assert str(tmp_path / "data/cat/link.jpg") in sum((examples.paths for examples in found.splits.values()), ())
+
+
+def test_linked_folders_are_listed_once_and_loops_end(tmp_path: Path) -> None:
+    class_folders(tmp_path / "data", count=3)
+    touch(tmp_path, "more/a.jpg", "more/deep/b.jpg")
+    (tmp_path / "data/cat/0 more").symlink_to(tmp_path / "more")
+    (tmp_path / "more/deep/up").symlink_to(tmp_path / "more")  # a loop through a link
+    (tmp_path / "data/cat/again").symlink_to("../dog")  # would give dogs the label of cats
+    (tmp_path / "data/self").symlink_to(".")
+    (tmp_path / "data/cat/root").symlink_to("/")
+    found = find_images(str(tmp_path / "data"), val_fraction=0)
+    assert found.class_names == ("cat", "dog")
+    assert [n for n in found.relative_names("train") if "more" in n] == ["cat/0 more/a.jpg", "cat/0 more/deep/b.jpg"]
+    assert len(found.splits["train"]) == 8
+    assert sorted(found.ignored) == ["cat/0 more/deep/up/", "cat/again/", "cat/root/", "self/"]
 
 
 ODD_NAMES = [
@@ -302,14 +376,14 @@ def test_subset() -> None:
     assert examples.subset(np.array([2, 0])).labels.tolist() == [2, 0]
 
 
-def test_a_hundred_thousand_names_are_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [f"{number:05}.jpg" for number in range(50_000)]
-    class_folders(tmp_path, count=1)
-    monkeypatch.setattr(layouts, "_images", lambda folder: names)
-    started = time.perf_counter()
-    found = find_images(str(tmp_path))
-    assert sum(map(len, found.splits.values())) == 100_000
-    assert time.perf_counter() - started < 5  # under a second on a quiet machine; quadratic would be minutes
+def test_every_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_folders(tmp_path, [f"c{number}" for number in range(30)], count=20)
+    listed: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listed.append(folder) or scandir(folder))
+    assert sum(map(len, find_images(str(tmp_path)).splits.values())) == 600
+    assert len(listed) == 32  # the top twice: for its layout, and for its images
+    assert len(set(listed)) == 31
 
 
 # ---- CSV
