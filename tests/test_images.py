@@ -590,6 +590,31 @@ def test_find_faults_keeps_the_order_and_reports_progress(tmp_path: Path) -> Non
     assert find_faults([]) == {}
 
 
+def test_find_faults_checks_few_files_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that wait for whoever takes them would fill the memory, for 200,000 files."""
+    begun: list[str] = []
+    monkeypatch.setattr(images, "find_fault", lambda path, thorough: begun.append(path))
+    paths = [str(number) for number in range(20_000)]
+    ahead: list[int] = []
+
+    def progress(results: Iterable[str | None], total: int) -> Iterator[str | None]:
+        for number, result in enumerate(results):
+            ahead.append(len(begun) - number)
+            yield result
+
+    assert find_faults(paths, progress=progress, threads=4) == {}
+    assert sorted(begun, key=int) == paths
+    assert max(ahead) <= 10 * images.FILES_AT_ONCE
+
+
+def test_find_faults_needs_no_semaphores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(38, "Function not implemented")  # as on AWS Lambda
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    assert find_faults([tmp_path]) == {tmp_path: "is a folder"}
+
+
 # The files of the project's shared folder
 
 
