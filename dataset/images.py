@@ -39,7 +39,8 @@ MAX_TIFF_VALUES = 1 << 18  # strips of one row in four planes fit; Pillow makes 
 # libjpeg fills what is missing with grey and reports nothing.
 JPEG_PIXELS_PER_BYTE = 2 * 8 * 64
 MAX_READS = 200_000  # by Pillow of one file: a few for each segment, chunk or block, which it reads in Python
-HEAD_BYTES, TAIL_BYTES = 1 << 16, 1 << 10  # what is read of a file to see whether it is whole
+# What is read of a file to see whether it is whole; the long head where profiles and previews come first.
+HEAD_BYTES, LONG_HEAD_BYTES, TAIL_BYTES = 1 << 13, 1 << 18, 1 << 10
 FILES_AT_ONCE = 32  # that a thread checks between two hand-overs
 
 # Pillow's classes themselves, not `Image.open`: no other format can be reached, an MPO is read as the JPEG that it is,
@@ -285,23 +286,32 @@ def _looks_whole(path: Path) -> bool:
     try:
         with _open_file(path) as file:
             head = file.read(HEAD_BYTES)
-            size, tail = len(head), head[-TAIL_BYTES:]
-            if size == HEAD_BYTES:
-                size = file.seek(0, io.SEEK_END)
-                file.seek(-TAIL_BYTES, io.SEEK_END)
-                tail = file.read(TAIL_BYTES)
+            kind = image_format(head)
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            if not _has_end(kind, file.read(TAIL_BYTES)):
+                return False
+            if _good_header(kind, head, size):
+                return True
+            file.seek(0)
+            return size > HEAD_BYTES and _good_header(kind, file.read(LONG_HEAD_BYTES), size)
     except OSError:
         return False
-    kind = image_format(head)
+
+
+def _has_end(kind: str | None, tail: bytes) -> bool:
+    if kind == "gif":
+        return tail.rstrip(b"\0").endswith(b";")
+    return (kind == "jpeg" and b"\xff\xd9" in tail) or (kind == "png" and b"IEND\xaeB`\x82" in tail)
+
+
+def _good_header(kind: str | None, head: bytes, size: int) -> bool:
+    """Whether the first bytes of a file of `size` bytes hold a whole header."""
     if kind == "jpeg":  # not by Pillow, which takes four times as long: most of the time of checking 100,000 files
         sides = jpeg.picture_size(head)
-        return b"\xff\xd9" in tail and sides is not None and _size_fault(kind, *sides, size) is None
-    if kind not in ("png", "gif"):
-        return False
-    if not (b"IEND\xaeB`\x82" in tail if kind == "png" else tail.rstrip(b"\0").endswith(b";")):
-        return False
+        return sides is not None and _size_fault(kind, *sides, size) is None
     try:
-        _open_image(head, kind, "")
+        _open_image(head, str(kind), "")
     except ImageError:
         return False
     return True
