@@ -54,7 +54,7 @@ def walk(top: str) -> Listing:
             listing.ignored.append(folder)
             continue
         entries = scan(path)
-        if folder and _is_ours(entries.others):
+        if folder and _is_ours(entries):
             listing.ours.append(folder)
             continue
         if folder:
@@ -75,12 +75,15 @@ def scan(folder: str) -> Entries:
         with os.scandir(folder) as found:
             for entry in found:
                 name = entry.name
-                if name.startswith("."):
+                if name[0] == ".":
                     continue
-                if _is_folder(entry):
+                named_so = name[name.rfind(".") :].lower() in IMAGE_EXTENSIONS
+                if named_so and entry.is_file(follow_symlinks=False):  # nearly all; nothing is asked of the disk
+                    images.append(name)
+                elif _is_folder(entry):
                     if name.lower() not in LEFTOVERS:
                         (links if entry.is_symlink() else folders).append(name)
-                elif name[name.rfind(".") :].lower() in IMAGE_EXTENSIONS:
+                elif named_so:
                     images.append(name)
                 elif name.lower() not in LEFTOVERS:
                     others.append(name)
@@ -109,7 +112,7 @@ def summary(ignored: Sequence[str]) -> str:
         counts = [f"{count} {kind}" for kind, count in kinds[:5]]
         if more := sum(count for _, count in kinds[5:]):
             counts.append(f"{more} others")
-        noun = "file that is no image" if len(files) == 1 else "files that are no images"
+        noun = "file" if len(files) == 1 else "files"
         parts.append(f"ignored {len(files)} {noun} ({', '.join(counts)}), first {files[0]!r}")
     if folders:
         parts.append(f"ignored {'folder' if len(folders) == 1 else 'folders'} {some(folders)}")
@@ -134,9 +137,11 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _is_ours(files: list[str]) -> bool:
-    """Whether a folder with these files is a run directory or a folder of cached activations."""
-    return "cache.json" in files or ("config.json" in files and "classes.txt" in files)
+def _is_ours(entries: Entries) -> bool:
+    """Whether a folder is a run directory or a folder of cached activations."""
+    if "cache.json" in entries.others:
+        return not entries.images
+    return "config.json" in entries.others and "classes.txt" in entries.others
 
 
 def _above(folder: str) -> set[tuple[int, int]]:

@@ -84,7 +84,7 @@ def test_check_data_finds_each_thing(tmp_path, capsys):
     assert "within a split: 1\n  train: train/dog/b again.png = train/dog/b.png\n" in out
     assert "too good): 1\n  train/cat/a.png (train) = val/dog/a as a dog.png (val)\n" in out
     assert "different labels: 1\n  train/cat/a.png (cat) = val/dog/a as a dog.png (dog)\n" in out
-    assert out.endswith("that is read, and folders: 2\n  train/cat/a.heic\n  spare/\n")
+    assert out.endswith("no part of the data set): 2\n  train/cat/a.heic\n  spare/\n")
 
 
 def test_check_data_hashes_only_files_of_equal_size(tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_check_data_tells_what_it_does_not_read(tmp_path, capsys):
     (root / "a" / "x\x1b[31m.heic").write_bytes(b"")
     assert run(check_data, root, "--val-fraction", 0) == 0
     out = capsys.readouterr().out
-    assert out.endswith("folders: 1\n  a/x\\x1b[31m.heic\n")
+    assert out.endswith("no part of the data set): 1\n  a/x\\x1b[31m.heic\n")
     assert "nothing wrong found" not in out
 
 

@@ -213,7 +213,7 @@ def findings(listing: Listing, found: Sequence[Found]) -> list[str]:
         *section("identical files in several splits (a leak: scores will be too good)", across),
         *section("identical files with different labels", differ),
         *section("notes", listing.notes),
-        *section("not read: files that are no images in a format that is read, and folders", listing.ignored),
+        *section("not read (files of other formats, folders that are no part of the data set)", listing.ignored),
     ]
     return lines or ["", "nothing wrong found"]
 

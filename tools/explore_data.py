@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"cannot write {str(flags.output)!r} ({error.strerror}): name another with --output") from None
     if statistics.faults:
         print(f"left out {len(statistics.faults)} bad files; python -m tools.check_data lists all", file=sys.stderr)
-    print(f"{page}: {len(statistics.labels)} of {sum(map(len, found.splits.values()))} images looked at")
+    print(f"{one_line(page)}: {len(statistics.labels)} of {sum(map(len, found.splits.values()))} images looked at")
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from console import ArgumentParser, UserError, run_script
+from console import ArgumentParser, UserError, one_line, run_script
 from dataset import layouts
 from files import replace_file
 from reports.tables import table
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [[path, *(len(splits[split]) for split in header[1:])] for path, splits in zip(paths, made, strict=True)]
     print(table(rows, header))
     image_root = "" if beside[0] else f" --image-root {shlex.quote(found.root)}"
-    print("", *(f"python train.py {shlex.quote(str(path))}{image_root}" for path in paths), sep="\n")
+    print("", *(one_line(f"python train.py {shlex.quote(str(path))}{image_root}") for path in paths), sep="\n")
     return 0
 
 
