@@ -66,7 +66,8 @@ def _read_classes(root: str, part: str, ignored: list[str], scoring: bool) -> By
     if not any(by_class.values()) and not part:
         what = f"unknown layout: no images in the folders of {root!r} ({some(sorted(by_class))}): {LAYOUTS}"
         raise UserError(with_ignored(what, ignored))
-    _check_level(folder, listing, by_class, scoring)
+    if part.lower() in ("", "train"):
+        _check_level(folder, listing, by_class, scoring)
     return by_class
 
 
@@ -84,7 +85,7 @@ def _check_level(folder: str, listing: Listing, by_class: ByClass, scoring: bool
     if not scoring and len(full) == 1 and not direct:
         raise UserError(
             f"{folder!r} has images in one folder only, {full[0]!r}, and only deeper in it: if that is the data set, "
-            f"this is one level too high: give {os.path.join(folder, full[0])!r}"
+            f"this is one level too high: give {os.path.join(folder, full[0])!r} or move its folders up"
         )
 
 

@@ -614,6 +614,17 @@ def test_one_level_too_high_is_not_said_where_another_folder_holds_images(tmp_pa
     assert "no images in train of class 'emu'" in message(tmp_path)
 
 
+def test_one_level_too_high_within_train(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train" / "train_images", count=3)
+    class_folders(tmp_path / "val", ["cat/2023"], count=3)
+    assert "named like splits" in message(tmp_path)
+    (tmp_path / "train" / "train_images").rename(tmp_path / "train" / "images")
+    assert "if that is the data set, this is one level too high" in message(tmp_path)
+    class_folders(tmp_path / "train", count=3)
+    (tmp_path / "train" / "images").rename(tmp_path / "spare")
+    assert counts(find_images(str(tmp_path))) == {"train": 6, "val": 3}
+
+
 def test_a_class_that_a_split_lacks_or_has_empty_is_accepted(tmp_path: Path) -> None:
     class_folders(tmp_path / "train", ["cat", "dog", "emu"])
     class_folders(tmp_path / "val", ["cat"])
