@@ -121,6 +121,13 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     os._exit(status)
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def quiet_tensorflow() -> None:
     """Imports TensorFlow and finds its devices without the start-up lines that its C++ side writes to stderr.
 

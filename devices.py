@@ -1,10 +1,10 @@
-"""What the hardware offers: precision, CPU cores and threads."""
+"""What the hardware offers: precision and threads."""
 
-import os
 from pathlib import Path
 
 import tensorflow as tf
 
+from console import cores
 from files import warn_once
 
 LEAST_THREADS = 8
@@ -25,13 +25,6 @@ def compute_dtype(precision: str) -> tf.DType:
     return tf.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else tf.float32
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def default_threads() -> int:
     """Threads that a new run divides an operation among.
 
@@ -42,7 +35,8 @@ def default_threads() -> int:
 
 
 def use_threads(count: int) -> None:
-    """Divides every CPU operation among `count` threads; to be called before TensorFlow computes anything."""
+    """Divides every CPU operation among `count` threads (0: one a core); before TensorFlow computes anything."""
+    count = count or cores()
     try:
         tf.config.threading.set_intra_op_parallelism_threads(count)
     except RuntimeError:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from console import ArgumentParser, Stopped, UserError, one_line, quiet_tensorflow, run_script
+from console import ArgumentParser, Stopped, UserError, cores, one_line, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -24,7 +24,7 @@ import tensorflow as tf
 import data
 import devices
 from dataset import images
-from dataset.layouts import is_image_name
+from dataset.walk import summary, walk
 from files import check_writable, write_text
 from reports import metrics
 from run import Run, newest_run
@@ -39,8 +39,10 @@ def find_files(patterns: list[str]) -> list[str]:
     files: list[str] = []
     for pattern in patterns:
         if os.path.isdir(pattern):
-            found = [os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names]
-            found = sorted(path for path in found if is_image_name(os.path.basename(path)))
+            listing = walk(pattern)
+            found = [os.path.join(pattern, name) for name in listing.names()]
+            if ignored := summary([*listing.ignored, *listing.ours]):
+                print(f"{one_line(pattern)}: {ignored}", file=sys.stderr)
             if not found:
                 raise UserError(f"{pattern}: no image in this folder")
         elif os.path.lexists(pattern) or not glob.has_magic(pattern):
@@ -56,7 +58,7 @@ def find_files(patterns: list[str]) -> list[str]:
 def predict(run: Run, files: list[str], top: int) -> Iterator[tuple[str, Prediction]]:
     """Yields each file, in order, with its prediction or with the reason why there is none."""
     config = run.config()
-    devices.use_threads(config.threads or devices.cores())
+    devices.use_threads(config.threads)
     class_names, spec, model = config.class_names, config.preprocessing, run.load_model()
     forward = compiled_forward(model)
 
@@ -70,7 +72,7 @@ def predict(run: Run, files: list[str], top: int) -> Iterator[tuple[str, Predict
         except images.ImageError as error:
             return error.reason
 
-    with ThreadPoolExecutor(devices.cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(files), BATCH_SIZE):
             names = files[start : start + BATCH_SIZE]
             inputs = list(pool.map(read, names))

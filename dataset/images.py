@@ -8,9 +8,10 @@ import logging
 import os
 import stat
 import struct
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing.pool import ThreadPool
-from types import SimpleNamespace
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, TypeVar
 
 import numpy as np
@@ -19,7 +20,6 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageChops,
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
@@ -27,7 +27,9 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from console import UserError, one_line
+from console import UserError, cores, one_line
+from dataset import jpeg
+from dataset.pixels import rgb, scale_transparency, turn_upright
 
 MAX_PIXELS = 128_000_000  # 12,000 x 9,000 fits; decoding takes up to 16 bytes a pixel, so it stays below 2 GiB
 MAX_SIDE = 65_535  # no JPEG is longer
@@ -36,7 +38,10 @@ MAX_TIFF_VALUES = 1 << 18  # strips of one row in four planes fit; Pillow makes 
 # A block of 8x8 takes at least a bit, and subsampling may leave half the blocks to each component. Without this limit
 # libjpeg fills what is missing with grey and reports nothing.
 JPEG_PIXELS_PER_BYTE = 2 * 8 * 64
-BAND_PIXELS = 1 << 22  # the largest piece that is converted at once
+MAX_READS = 200_000  # by Pillow of one file: a few for each segment, chunk or block, which it reads in Python
+# What is read of a file to see whether it is whole; the long head where profiles and previews come first.
+HEAD_BYTES, LONG_HEAD_BYTES, TAIL_BYTES = 1 << 13, 1 << 18, 1 << 10
+FILES_AT_ONCE = 32  # that a thread checks between two hand-overs
 
 # Pillow's classes themselves, not `Image.open`: no other format can be reached, an MPO is read as the JPEG that it is,
 # and the reason of a failure is not replaced by "cannot identify image file".
@@ -49,16 +54,6 @@ READERS: dict[str, type[ImageFile.ImageFile]] = {
     "tiff": TiffImagePlugin.TiffImageFile,
 }
 BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)
-# EXIF orientation -> the view of [H, W, 3] that stands upright.
-UPRIGHT: dict[object, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
-}
 Path = str | bytes | os.PathLike
 P = TypeVar("P", bound=Path)
 
@@ -79,11 +74,7 @@ def image_format(source: Path) -> str | None:
 
     Raises ImageError where the file cannot be read.
     """
-    if isinstance(source, bytes):
-        head = source[:18]
-    else:
-        with _open_file(source) as file:
-            head = file.read(18)
+    head = source[:18] if isinstance(source, bytes) else _read(source, 18)
     if head.startswith(b"\xff\xd8\xff"):
         return "jpeg"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -101,12 +92,7 @@ def image_format(source: Path) -> str | None:
 
 def read_image(path: Path) -> np.ndarray:
     """The picture in a file as `decode_image` gives it: uint8 [H, W, 3]. Raises ImageError, and nothing else."""
-    with _open_file(path) as file:
-        try:
-            contents = file.read(MAX_BYTES)
-        except (OSError, MemoryError) as error:
-            raise ImageError(os.fsdecode(path), _os_reason(error)) from error
-    return decode_image(contents, os.fsdecode(path))
+    return decode_image(_read(path), os.fsdecode(path))
 
 
 def decode_image(contents: bytes, name: str) -> np.ndarray:
@@ -114,9 +100,8 @@ def decode_image(contents: bytes, name: str) -> np.ndarray:
 
     JPEG, PNG, GIF, BMP, WebP and TIFF, recognised by content; of several frames or pages the first. Transparency is
     laid over white; CMYK in a JPEG is inverted where Adobe's marker is (as TensorFlow has it); colour profiles are not
-    applied. 16-bit grey is divided by 257, 12-bit by 4095 / 255; of 16-bit colour Pillow keeps the high byte. Other
-    grey numbers (32-bit and signed integers, floats) have no agreed white: it is the smallest of 1 (floats only), 255
-    and 65535 that holds them all, and where none does or some are negative, they are stretched from least to greatest.
+    applied. 16-bit grey is divided by 257; of 16-bit colour Pillow keeps the high byte. Grey of other numbers (12-bit,
+    32-bit, signed, floats) is refused, because no white is agreed for it.
     """
     if not contents:
         raise ImageError(name, "is empty")
@@ -124,14 +109,15 @@ def decode_image(contents: bytes, name: str) -> np.ndarray:
     if kind is None:
         zeros = contents.count(0) == len(contents)
         raise ImageError(name, "holds only zero bytes" if zeros else f"is not an image (starts with {contents[:12]!r})")
-    image = _open_image(io.BytesIO(contents), kind, name)
+    image = _open_image(contents, kind, name)
     try:
+        if kind == "jpeg":
+            jpeg.check_scans(contents)
         if kind == "png":
-            _scale_transparency(image, contents[24])
+            scale_transparency(image, contents[24])
         image.load()
-        upright = UPRIGHT.get(_orientation(image))
-        pixels = _rgb(image)
-        return pixels if upright is None else np.ascontiguousarray(upright(pixels))
+        turn_upright(image)
+        return rgb(image)
     except Exception as error:
         raise ImageError(name, _damage(kind, error)) from error
 
@@ -139,7 +125,7 @@ def decode_image(contents: bytes, name: str) -> np.ndarray:
 def find_fault(path: Path, thorough: bool = False) -> str | None:
     """The reason why a file cannot be used, or None; `thorough` decodes it whole.
 
-    Otherwise a JPEG, PNG or GIF whose header can be read and whose end is in place is taken for good, at the cost of
+    Otherwise a JPEG, PNG or GIF whose header can be read and whose end is in place is assumed intact, at the cost of
     opening it; every other file is decoded, so that a reason is always that of `read_image`.
     """
     try:
@@ -160,11 +146,29 @@ def find_faults(
 
     `progress` wraps the results as they come: `progress(iterable, total=len(paths))`, as tqdm does.
     """
-    with ThreadPool(threads or len(os.sched_getaffinity(0))) as pool:
-        results: Iterable[str | None] = pool.imap(lambda path: find_fault(path, thorough), paths, chunksize=8)
-        if progress is not None:
-            results = progress(results, total=len(paths))
-        return {path: reason for path, reason in zip(paths, results, strict=True) if reason is not None}
+    results: Iterable[str | None] = _reasons(paths, thorough, threads or cores())
+    if progress is not None:
+        results = progress(results, total=len(paths))
+    return {path: reason for path, reason in zip(paths, results, strict=True) if reason is not None}
+
+
+def _reasons(paths: Sequence[P], thorough: bool, threads: int) -> Iterator[str | None]:
+    """`find_fault` of each path, in order. Few are under way at a time, so that memory does not grow with their number.
+
+    Not `multiprocessing.pool.ThreadPool`: it needs semaphores, which some hosts lack (AWS Lambda).
+    """
+
+    def check(start: int) -> list[str | None]:
+        return [find_fault(path, thorough) for path in paths[start : start + FILES_AT_ONCE]]
+
+    with ThreadPoolExecutor(threads) as pool:
+        under_way: deque[Future[list[str | None]]] = deque()
+        for start in range(0, len(paths), FILES_AT_ONCE):
+            under_way.append(pool.submit(check, start))
+            if len(under_way) > 2 * threads:
+                yield from under_way.popleft().result()
+        while under_way:
+            yield from under_way.popleft().result()
 
 
 def _open_file(path: Path) -> IO[bytes]:
@@ -178,11 +182,20 @@ def _open_file(path: Path) -> IO[bytes]:
             raise ImageError(name, "is not a regular file")
         if status.st_size > MAX_BYTES:
             raise ImageError(name, f"holds {status.st_size} bytes, more than the limit of {MAX_BYTES}")
-        return open(path, "rb")
+        return open(path, "rb", buffering=0)
     except FileNotFoundError as error:
         raise ImageError(name, "is a dangling link" if os.path.islink(path) else "does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise ImageError(name, _os_reason(error)) from error
+
+
+def _read(path: Path, count: int = -1) -> bytes:
+    """The first `count` bytes of a file, or all."""
+    with _open_file(path) as file:
+        try:
+            return file.read(count)
+        except (OSError, MemoryError) as error:
+            raise ImageError(os.fsdecode(path), _os_reason(error)) from error
 
 
 def _os_reason(error: Exception) -> str:
@@ -192,36 +205,49 @@ def _os_reason(error: Exception) -> str:
 
 @functools.cache
 def _mute_pillow() -> None:
-    """Turns off Pillow's remarks on odd files, which are nothing to our users: a file is good or an ImageError.
-
-    `warnings.catch_warnings` changes the process for every thread and any other use of it takes a filter away again,
-    so the modules that read are given a mute `warnings`. What Pillow logs and libtiff writes would reach stderr too.
-    """
-    for module in (Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin):
-        vars(module)["warnings"] = SimpleNamespace(warn=lambda *args, **kwargs: None)
+    """Turns off what Pillow and libtiff say of odd files, which is nothing to our users: a file is good or an error."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     for library in glob.glob(os.path.join(PIL.__path__[0], "..", "pillow.libs", "libtiff*")):  # as in Pillow's wheels
         ctypes.CDLL(library).TIFFSetErrorHandler(None)
 
 
-def _open_image(file: IO[bytes], kind: str, name: str) -> ImageFile.ImageFile:
+class _CountedReads(io.BytesIO):
+    """A file in memory that raises ValueError after `MAX_READS` reads: it has an absurd number of parts."""
+
+    left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"it has too many parts: more than {MAX_READS} reads")
+        return super().read(size)
+
+
+def _open_image(contents: bytes, kind: str, name: str) -> ImageFile.ImageFile:
     """Reads the header of a file of that kind; raises ImageError where it is broken or declares too large a picture."""
     _mute_pillow()
+    file = _CountedReads(contents)
     try:
         if kind == "tiff":
             _check_tiff(file)
         image = READERS[kind](file)
     except Exception as error:
         raise ImageError(name, _damage(kind, error)) from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(name, f"declares {width}x{height} pixels, more than the limit of {MAX_PIXELS}")
-    size = file.seek(0, io.SEEK_END)
-    if kind == "jpeg" and width * height > JPEG_PIXELS_PER_BYTE * size:
-        raise ImageError(name, f"declares {width}x{height} pixels in {size} bytes")
-    if max(width, height) > MAX_SIDE:
-        raise ImageError(name, f"declares {width}x{height} pixels, more than the limit of {MAX_SIDE} a side")
+    if (fault := _size_fault(kind, *image.size, len(contents))) is not None:
+        raise ImageError(name, fault)
     return image
+
+
+def _size_fault(kind: str, width: int, height: int, size: int) -> str | None:
+    """What is wrong with a picture of that many pixels in a file of `size` bytes."""
+    if width * height > MAX_PIXELS:
+        return f"declares {width}x{height} pixels, more than the limit of {MAX_PIXELS}"
+    if kind == "jpeg" and width * height > JPEG_PIXELS_PER_BYTE * size:
+        return f"declares {width}x{height} pixels in {size} bytes"
+    if max(width, height) > MAX_SIDE:
+        return f"declares {width}x{height} pixels, more than the limit of {MAX_SIDE} a side"
+    return None
 
 
 def _check_tiff(file: IO[bytes]) -> None:
@@ -250,100 +276,35 @@ def _damage(kind: str, error: Exception) -> str:
 
 def _looks_whole(path: Path) -> bool:
     """Whether a file has a readable header of a bearable size and, at its end, the mark that its format puts there."""
-    with _open_file(path) as file:
-        kind = image_format(file.read(18))
-        if kind not in ("jpeg", "png", "gif"):
-            return False
-        size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - 1024))
-        tail = file.read(1024)
-        file.seek(0)
-        _open_image(file, kind, os.fsdecode(path))
+    try:
+        with _open_file(path) as file:
+            head = file.read(HEAD_BYTES)
+            kind = image_format(head)
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            if not _has_end(kind, file.read(TAIL_BYTES)):
+                return False
+            if _good_header(kind, head, size):
+                return True
+            file.seek(0)
+            return size > HEAD_BYTES and _good_header(kind, file.read(LONG_HEAD_BYTES), size)
+    except OSError:
+        return False
+
+
+def _has_end(kind: str | None, tail: bytes) -> bool:
     if kind == "gif":
         return tail.rstrip(b"\0").endswith(b";")
-    return (b"\xff\xd9" if kind == "jpeg" else b"IEND\xaeB`\x82") in tail
+    return (kind == "jpeg" and b"\xff\xd9" in tail) or (kind == "png" and b"IEND\xaeB`\x82" in tail)
 
 
-def _orientation(image: ImageFile.ImageFile) -> object:
-    """The EXIF (or XMP) orientation of a loaded image; whatever cannot be parsed counts as upright, 1."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return 1  # Pillow has turned it
+def _good_header(kind: str | None, head: bytes, size: int) -> bool:
+    """Whether the first bytes of a file of `size` bytes hold a whole header."""
+    if kind == "jpeg":  # not by Pillow, which takes four times as long: most of the time of checking 100,000 files
+        sides = jpeg.picture_size(head)
+        return sides is not None and _size_fault(kind, *sides, size) is None
     try:
-        return image.getexif().get(0x0112, 1)
-    except Exception:
-        return 1
-
-
-def _scale_transparency(image: ImageFile.ImageFile, depth: int) -> None:
-    """Brings a PNG's transparent colour, which Pillow keeps as stored, to the 8 bits to which it brings the pixels."""
-    key = image.info.get("transparency")
-    if image.mode == "L" and depth < 8 and isinstance(key, int):
-        image.info["transparency"] = key * (255 // (2**depth - 1))
-    elif image.mode == "RGB" and depth == 16 and isinstance(key, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in key)
-
-
-def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
-    """The image in bands of rows, each with the rows that it covers, so that no copies of a whole image pile up."""
-    width, height = image.size
-    rows = max(1, BAND_PIXELS // width)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        yield slice(top, bottom), image if rows >= height else image.crop((0, top, width, bottom))
-
-
-def _rgb(image: ImageFile.ImageFile) -> np.ndarray:
-    """A loaded image of any mode as uint8 [H, W, 3]."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _grey_rgb(image)
-    inverted = image.mode == "CMYK" and isinstance(image, JpegImagePlugin.JpegImageFile) and "adobe" not in image.info
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for rows, band in _bands(image):
-        if inverted:  # Pillow takes every CMYK JPEG for Adobe's
-            band = ImageChops.invert(band)
-        if band.mode == "La":
-            band = band.convert("LA")
-        if band.has_transparency_data:
-            layer = band.convert("RGBA")
-            band = Image.new("RGB", layer.size, "white")
-            band.paste(layer, mask=layer)
-        elif band.mode != "RGB":
-            band = band.convert("RGB")
-        pixels[rows] = np.asarray(band)
-    return pixels
-
-
-@np.errstate(invalid="ignore")  # a signalling NaN
-def _grey_rgb(image: ImageFile.ImageFile) -> np.ndarray:
-    """A loaded image of wide grey numbers as uint8 [H, W, 3]; `decode_image` says how they are scaled."""
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    # Pillow has no unsigned mode of 32 bits: the bits are right, the sign is not.
-    unsigned = image.mode == "I" and np.max(tags.get(TiffImagePlugin.SAMPLEFORMAT, 1)) == 1
-
-    def numbers(band: Image.Image) -> np.ndarray:  # [rows, W] uint16, int32, uint32 or float32
-        return np.asarray(band).view(np.uint32) if unsigned else np.asarray(band)
-
-    if image.mode.startswith("I;16"):
-        low, high = 0.0, 4095.0 if np.max(tags.get(TiffImagePlugin.BITSPERSAMPLE, 16)) == 12 else 65535.0
-    else:
-        extremes: list[float] = []
-        for _, band in _bands(image):
-            values = numbers(band)
-            if (finite := values[np.isfinite(values)]).size:
-                extremes += [float(finite.min()), float(finite.max())]
-        low, high = min(extremes, default=0.0), max(extremes, default=0.0)
-        whites = [white for white in (1.0, 255.0, 65535.0) if high <= white and (white > 1 or image.mode == "F")]
-        if low >= 0 and whites:
-            low, high = 0.0, whites[0]
-    key = image.info.get("transparency")  # of a 16-bit grey PNG: the level that is transparent
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for rows, band in _bands(image):
-        values = numbers(band)
-        scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
-        grey = np.rint(np.clip(np.nan_to_num(scaled), 0, 255)).astype(np.uint8)  # NaN is black
-        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # the least is white, which Pillow leaves to us
-            grey = 255 - grey
-        if isinstance(key, int):
-            grey[values == key] = 255
-        pixels[rows] = grey[..., None]
-    return pixels
+        _open_image(head, str(kind), "")
+    except ImageError:
+        return False
+    return True

@@ -1,24 +1,21 @@
-"""Where the images of a data set lie and what each one is: every layout ends in one `LabelledImages`. NumPy only.
+"""Where the images of a data set lie and what each one is: every layout ends in one `LabelledImages`. No TensorFlow.
 
-Nothing here opens an image. An entry that is named like an image but is a folder, a dangling link or an empty file is
-an example all the same: whoever checks the files reports it, and must be able to name it.
+Nothing here decodes an image. An entry that is named like an image but is a dangling link or an empty file is an
+example all the same: whoever checks the files reports it, and must be able to name it.
 """
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from console import UserError
-from dataset.lists import FOOD101_LISTS, SPLIT_OF_NAME, ByClass, collect, read_csv, read_food101_lists, some
-
-IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
-LAYOUTS = (
-    "DATA is a folder with one folder of images per class, or with train/ and val/ that hold such folders, "
-    "or a Food-101 folder (images/ and meta/), or a CSV file (path,label[,split])"
-)
+from console import UserError, one_line
+from dataset.folders import LAYOUTS, read_folders
+from dataset.lists import FOOD101_LISTS, NO_SPLIT, ByClass, collect, read_csv, read_food101_lists
+from dataset.walk import some, summary, with_ignored
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +36,17 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """A data set: `splits` always has "train" and "val" (which may be empty), and "test" when there is one."""
+    """A data set: `splits` always has "train" and "val" (which may be empty), and "test" when there is one.
+
+    Listed for scoring, it has the splits that the data bring, or "all".
+    """
 
     root: str  # absolute; the folder that names are relative to
     layout: str  # "food-101" | "split folders" | "class folders" | "csv"
     class_names: tuple[str, ...]
     splits: dict[str, Examples]
+    ignored: tuple[str, ...] = ()  # what is not read, relative to `root`; folders end with "/"
+    notes: tuple[str, ...] = ()  # what else to tell of the data set, a line each
 
     def relative_names(self, split: str) -> list[str]:
         """The file names of a split relative to `root`, in the order of its examples."""
@@ -55,19 +57,41 @@ class LabelledImages:
         """A hex hash of every (relative name, class name, split) in order: the same wherever `root` lies."""
         digest = hashlib.sha256()
         for split, examples in self.splits.items():
-            for name, label in zip(self.relative_names(split), examples.labels, strict=True):
-                digest.update(_bytes(f"{name}\0{self.class_names[label]}\0{split}\0"))
+            ends = [f"\0{name}\0{split}\0" for name in self.class_names]
+            names = self.relative_names(split)
+            digest.update(_bytes("".join([n + ends[i] for n, i in zip(names, examples.labels.tolist(), strict=True)])))
         return digest.hexdigest()
+
+    def remarks(self) -> str:
+        """One line on what is not read and what else a person should know of the data set; "" where nothing is."""
+        return one_line("; ".join(filter(None, (summary(self.ignored), *self.notes))))
+
+
+@dataclass
+class _Found:
+    """What the reader of a layout found: {split: {class: relative names}}, and the fields of `LabelledImages`."""
+
+    layout: str
+    splits: dict[str, ByClass]
+    class_names: list[str] = field(default_factory=list)  # where the data list them in an order of their own
+    ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def find_images(
-    data: str, *, val_fraction: float = 0.2, test_fraction: float = 0.0, image_root: str | None = None
+    data: str,
+    *,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.0,
+    image_root: str | None = None,
+    scoring: bool = False,
 ) -> LabelledImages:
     """Recognises the layout of `data` and lists its images, class by class and by name within a class.
 
     A split that the data do not bring is cut from train by its fraction (see `cut_by_hash`); one that they bring is
     taken as it is. `image_root` is the folder that the paths of a CSV are relative to, by default the CSV's own.
-    Raises `UserError` for everything that a user can mend.
+    `scoring` lists all images in the splits that the data bring, or in one that is named "all"; nothing is cut, and
+    neither training images nor a second class are needed. Raises `UserError` for everything that a user can fix.
     """
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
         raise UserError(
@@ -85,28 +109,13 @@ def find_images(
         raise UserError(f"image root {image_root!r} {why}")
 
     root = data if not is_csv else os.path.dirname(data) if image_root is None else os.path.abspath(image_root)
-    meta = os.path.join(data, "meta")
-    if is_csv:
-        layout, found = "csv", collect(data, root, read_csv(data, root))
-        class_names = sorted(found["train"])
-    elif any(os.path.isfile(os.path.join(meta, name)) for name in ("classes.txt", *FOOD101_LISTS.values())):
-        layout, (class_names, rows) = "food-101", read_food101_lists(meta)
-        found = collect(meta, root, rows, class_names)
+    found = _read(data, root, is_csv, scoring)
+    if scoring:
+        class_names, splits = _all_images(data, found)
     else:
-        split_folders = _find_split_folders(data)
-        layout = "split folders" if split_folders else "class folders"
-        found = _read_split_folders(data, split_folders) if split_folders else {"train": _read_class_folders(data)}
-        class_names = sorted(found["train"])
-    _check_classes(data, class_names, found)
-
-    fractions = [0.0 if s in found else f for s, f in (("val", val_fraction), ("test", test_fraction))]
-    cut = {name: cut_by_hash(found["train"][name], *fractions) for name in class_names}
-    splits = {}
-    for split in ("train", "val", "test"):
-        by_class = found[split] if split in found and split != "train" else {c: cut[c][split] for c in class_names}
-        if split != "test" or any(by_class.values()):
-            splits[split] = _examples(root, class_names, by_class)
-    return LabelledImages(root, layout, tuple(class_names), splits)
+        class_names, splits = _training_images(data, found, val_fraction, test_fraction)
+    examples = {split: _examples(root, class_names, by_class) for split, by_class in splits.items()}
+    return LabelledImages(root, found.layout, tuple(class_names), examples, tuple(found.ignored), tuple(found.notes))
 
 
 def cut_by_hash(names: Iterable[str], val_fraction: float, test_fraction: float) -> ByClass:
@@ -120,15 +129,16 @@ def cut_by_hash(names: Iterable[str], val_fraction: float, test_fraction: float)
     val_fraction) val have at least one each; they are then taken in the order of u. Such a class may move an image
     when files are added, until it is large enough.
     """
-    u_and_name = sorted((_uniform(name), name) for name in names)
-    count = len(u_and_name)
-    val_count = sum(u < val_fraction for u, _ in u_and_name)
-    test_count = sum(u >= 1 - test_fraction for u, _ in u_and_name)
-    if val_fraction > 0:
-        val_count = max(val_count, 1)
+    ordered = sorted(names)
+    count = len(ordered)
+    val_count = test_count = 0
+    if val_fraction or test_fraction:
+        u = _uniform(ordered)
+        ordered = [ordered[i] for i in np.argsort(u, kind="stable").tolist()]
+        val_count = max(int((u < val_fraction).sum()), int(val_fraction > 0))
+        test_count = int((u >= 1 - test_fraction).sum())
     val_count = max(0, min(val_count, count - 1))
     test_count = max(0, min(test_count, count - 1 - val_count))
-    ordered = [name for _, name in u_and_name]
     parts = {"val": ordered[:val_count], "test": ordered[count - test_count :]}
     return {"train": ordered[val_count : count - test_count], **parts}
 
@@ -146,112 +156,91 @@ def take_per_class(examples: Examples, count: int, seed: int) -> Examples:
     return examples.subset(np.sort(np.concatenate(chosen)) if chosen else [])
 
 
-def _find_split_folders(root: str) -> dict[str, str]:
-    """{split: folder name}, empty unless this is the layout: "train" can be a class of its own, beside "car"."""
-    folders = _folders(root)
-    named = [folder for folder in folders if folder.lower() in SPLIT_OF_NAME]
-    train = [folder for folder in named if folder.lower() == "train"]
-    if not named or not (named == folders or any(_folders(os.path.join(root, folder)) for folder in train)):
-        return {}
-    if not train:
-        raise UserError(f"{root!r} has {some(named)} but no train folder: give the folder that has train/ in it")
-    splits: dict[str, str] = {}
-    for folder in named:
-        first = splits.setdefault(SPLIT_OF_NAME[folder.lower()], folder)
-        if first != folder:
-            raise UserError(f"{root!r} has both {first!r} and {folder!r} for one split: move one of them elsewhere")
-    return splits
+def _read(data: str, root: str, is_csv: bool, scoring: bool) -> _Found:
+    """Recognises the layout and lists what it names or holds."""
+    if is_csv:
+        by_split, notes = collect(data, root, read_csv(data, root))
+        return _Found("csv", by_split, notes=notes)
+    meta = os.path.join(data, "meta")
+    if any(os.path.isfile(os.path.join(meta, name)) for name in ("classes.txt", *FOOD101_LISTS.values())):
+        class_names, rows = read_food101_lists(meta)
+        by_split, notes = collect(meta, root, rows, class_names)
+        return _Found("food-101", by_split, class_names, notes=notes)
+    by_split, ignored = read_folders(data, scoring)
+    return _Found("class folders" if NO_SPLIT in by_split else "split folders", by_split, ignored=ignored)
 
 
-def _read_split_folders(root: str, folders: dict[str, str]) -> dict[str, ByClass]:
-    found = {split: _images_by_class(root, folder) for split, folder in folders.items()}
-    train = set(found["train"])
-    for split, by_class in found.items():
-        sides = ((train - set(by_class), "train"), (set(by_class) - train, split))
-        differ = [f"{some(sorted(names))} only in {folders[side]}/" for names, side in sides if names]
-        if differ:
-            raise UserError(f"{root!r}: class folders differ: {', '.join(differ)}: make both have the same classes")
-    return found
-
-
-def _read_class_folders(root: str) -> ByClass:
-    by_class = _images_by_class(root)
-    empty = [name for name in by_class if not by_class[name]]
-    if inner := [name for name in empty if _looks_like_data_set(os.path.join(root, name))]:
-        paths = [os.path.join(root, name) for name in inner]
-        raise UserError(f"{root!r} has no class folders of its own; it is one level too high: give {some(paths)}")
-    if len(empty) == len(by_class):
-        raise UserError(f"unknown layout: no images in the folders of {root!r} ({some(empty)}): {LAYOUTS}")
-    return by_class
-
-
-def _looks_like_data_set(folder: str) -> bool:
-    inside = _folders(folder)
-    if {"images", "meta"} <= set(inside) or "train" in [name.lower() for name in inside]:
-        return True
-    return sum(bool(_images(os.path.join(folder, name))) for name in inside) > 1
-
-
-def _images_by_class(root: str, part: str = "") -> ByClass:
-    folder = os.path.join(root, part) if part else root
-    class_names = _folders(folder)
-    if not class_names:
-        if _images(folder):
-            elsewhere = ", or move the folder elsewhere" if part.lower() == "test" else ""
-            raise UserError(f"{folder!r} has images but no classes: put them into one folder per class{elsewhere}")
-        state = "has no folders in it" if _entries(folder) else "is empty"
-        raise UserError(f"{folder!r} {state}: {LAYOUTS}")
-    start = f"{part}/" if part else ""
-    return {name: [f"{start}{name}/{image}" for image in _images(os.path.join(folder, name))] for name in class_names}
-
-
-def _check_classes(data: str, class_names: list[str], found: dict[str, ByClass]) -> None:
-    if empty := [name for name in class_names if not found["train"][name]]:
-        raise UserError(f"{data!r}: no images in train of class {some(empty)}: add some or remove the class")
+def _training_images(
+    data: str, found: _Found, val_fraction: float, test_fraction: float
+) -> tuple[list[str], dict[str, ByClass]]:
+    """The class names and {split: {class: names}} to train on; raises UserError for what can't be trained on."""
+    train = found.splits.get("train") or found.splits.get(NO_SPLIT) or {}
+    class_names = found.class_names or sorted(train or set().union(*found.splits.values()))
+    alike = _alike(name for by_class in found.splits.values() for name in by_class)
+    if empty := [name for name in class_names if not train.get(name)]:
+        what = f"{data!r}: no images in train of class {some(empty)}: add some or remove the class"
+        raise UserError(with_ignored(f"{what}{alike}", found.ignored))
     if len(class_names) < 2:
         raise UserError(f"{data!r} has only one class, {some(class_names)}: give images of at least two")
-    for split, by_class in found.items():
-        if not any(by_class.values()):
-            raise UserError(f"{data!r}: the {split} split has no images: add some or remove the split")
+    known = set(class_names)
+    for split, by_class in found.splits.items():
+        full = {name for name in by_class if by_class[name]}
+        if not full:
+            what = f"{data!r}: the {split} split has no images: add some or remove the split"
+            raise UserError(with_ignored(what, found.ignored))
+        if new := sorted(full - known):
+            folder = by_class[new[0]][0].partition("/")[0]
+            sides = ((sorted(known - full), "train"), (new, folder))
+            differ = ", ".join(f"{some(names)} only in {side}/" for names, side in sides if names)
+            raise UserError(f"{data!r}: class folders differ: {differ}: make both have the same classes{alike}")
+        if lacking := [name for name in class_names if name not in full]:
+            found.notes.append(f"no images in {split} of class {some(lacking)}")
+    if alike:
+        found.notes.append(alike.removeprefix("; "))
+
+    fractions = [0.0 if s in found.splits else f for s, f in (("val", val_fraction), ("test", test_fraction))]
+    cut = {name: cut_by_hash(train[name], *fractions) for name in class_names}
+    splits = {}
+    for split in ("train", "val", "test"):
+        brought = found.splits.get(split) if split != "train" else None
+        splits[split] = brought or {name: cut[name][split] for name in class_names}
+    if not any(splits["test"].values()):
+        del splits["test"]
+    return class_names, splits
+
+
+def _all_images(data: str, found: _Found) -> tuple[list[str], dict[str, ByClass]]:
+    """The class names and {split: {class: names}} of everything that is there."""
+    full = {name for by_class in found.splits.values() for name in by_class if by_class[name]}
+    if not full:
+        raise UserError(with_ignored(f"{data!r} has no images", found.ignored))
+    if empty := sorted({name for by_class in found.splits.values() for name in by_class} - full):
+        found.notes.append(f"no images of class {some(empty)}")
+    splits = {split: by_class for split, by_class in found.splits.items() if any(by_class.values())}
+    return found.class_names or sorted(full), splits
+
+
+def _alike(class_names: Iterable[str]) -> str:
+    """Which class names look the same and are not, as the end of a message; "" where none do."""
+    spellings: dict[str, set[str]] = {}
+    for name in class_names:
+        if not name.isascii():
+            spellings.setdefault(unicodedata.normalize("NFC", name), set()).add(name)
+    pairs = [" and ".join(map(ascii, sorted(names))) for names in spellings.values() if len(names) > 1]
+    return f"; {', '.join(pairs)} differ only in Unicode normalisation: rename one like the other" if pairs else ""
 
 
 def _examples(root: str, class_names: Sequence[str], by_class: ByClass) -> Examples:
-    names = [sorted(by_class[class_name]) for class_name in class_names]
+    names = [sorted(by_class.get(class_name, ())) for class_name in class_names]
     labels = np.repeat(np.arange(len(names), dtype=np.int64), [len(n) for n in names])
-    return Examples(tuple(os.path.join(root, name) for of_class in names for name in of_class), labels)
+    start = os.path.join(root, "")
+    return Examples(tuple([start + name for of_class in names for name in of_class]), labels)
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder and not hidden, sorted by name (code points), because a listing has no order to rely on."""
-    try:
-        with os.scandir(folder) as listing:
-            return sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"cannot read {folder!r} ({error.strerror}): mend its permissions or move it away") from error
-
-
-def _folders(folder: str) -> list[str]:
-    def is_folder(entry: os.DirEntry[str]) -> bool:
-        try:
-            return entry.is_dir()
-        except OSError:  # a link that leads to itself
-            return False
-
-    return [entry.name for entry in _entries(folder) if is_folder(entry)]
-
-
-def _images(folder: str) -> list[str]:
-    return [entry.name for entry in _entries(folder) if is_image_name(entry.name)]
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file of this name counts as an image, whatever it holds; hidden files do not."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-
-
-def _uniform(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone, of 53 bits, as many as a float64 holds exactly."""
-    return (int.from_bytes(hashlib.blake2b(_bytes(name), digest_size=8).digest(), "big") >> 11) / 2**53
+def _uniform(names: Sequence[str]) -> np.ndarray:
+    """For each name a number in [0, 1) that depends on it alone: float64 [N] of 53 bits."""
+    digests = b"".join([hashlib.blake2b(_bytes(name), digest_size=8).digest() for name in names])
+    return (np.frombuffer(digests, ">u8") >> 11) / 2**53
 
 
 def _bytes(text: str) -> bytes:

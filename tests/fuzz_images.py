@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.images import ImageError, decode_image
 
 LIMIT_SECONDS = 1.0
-KILL_SECONDS = 20.0  # a worker that is still busy then is stuck for good
+KILL_SECONDS = 20.0  # a worker that is still busy then will not end
 LIMIT_BYTES = 2 << 30  # beyond what the worker holds at its start
 OUTCOMES = ("decoded", "refused", "other exception", "crashed", "slow", "memory")
 SIZES = ((7, 5), (64, 48), (300, 200))
@@ -143,7 +143,7 @@ def mutate(seeds: list[tuple[str, bytes]], seed: int, index: int) -> bytes:
             case 6:
                 rewrite_sizes(kind, data, rng)
     if kind == "PNG" and rng.random() < 0.5:
-        mend_checksums(data)  # otherwise Pillow refuses nearly all of them at the first chunk
+        fix_checksums(data)  # otherwise Pillow refuses nearly all of them at the first chunk
     return bytes(data)
 
 
@@ -165,7 +165,7 @@ def rewrite_sizes(kind: str, data: bytearray, rng: np.random.Generator) -> None:
             struct.pack_into(form.upper(), data, at, EXTREMES[rng.integers(len(EXTREMES))] & (256**size - 1))
 
 
-def mend_checksums(data: bytearray) -> None:
+def fix_checksums(data: bytearray) -> None:
     """Writes the right checksum into every PNG chunk that can still be walked to."""
     at = 8
     while at + 12 <= len(data):

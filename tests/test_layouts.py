@@ -2,7 +2,6 @@
 
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 
 from console import UserError
-from dataset import layouts
 from dataset.layouts import Examples, LabelledImages, cut_by_hash, find_images, take_per_class
 from dataset.lists import read_food101_lists
+from dataset.walk import walk
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -138,7 +137,10 @@ def test_train_can_be_a_class(tmp_path: Path) -> None:
     assert find_images(str(class_folders(tmp_path, ["train", "car", "bus"]))).class_names == ("bus", "car", "train")
 
 
-def test_only_image_names_count(tmp_path: Path) -> None:
+JPEG = b"\xff\xd8\xff\xe0"  # how every JPEG begins
+
+
+def test_what_counts_as_an_image(tmp_path: Path) -> None:
     images = [
         "a.jpg",
         "b.JPEG",
@@ -152,15 +154,75 @@ def test_only_image_names_count(tmp_path: Path) -> None:
         "j.TIFF",
         "two.dots.jpg",
     ]
-    others = ["Thumbs.db", ".DS_Store", ".hidden.jpg", "._a.jpg", "list.txt", "a.zip", "jpg", "a.jpg.part", "a.csv"]
-    touch(tmp_path, *(f"{c}/{name}" for c in ("x", "y") for name in images + others), "stray.jpg")
-    (tmp_path / "x" / "folder.jpg").mkdir()  # reported by whoever checks the files: an example here
-    (tmp_path / "x" / "dangling.jpg").symlink_to("nowhere")
+    silent = ["Thumbs.db", "desktop.ini", ".DS_Store", ".hidden.jpg", "._a.jpg", "__MACOSX/x.jpg", "@eaDir/a.jpg"]
+    ignored = ["a.heic", "list.txt", "a.zip", "jpg", "a.jpg.part", "a.csv", "z.cr2"]
+    touch(tmp_path, *(f"{c}/{name}" for c in ("x", "y") for name in images + silent + ignored), "stray.jpg", "read.me")
+    (tmp_path / "x" / "dangling.jpg").symlink_to("nowhere")  # reported by whoever checks the files: an example here
+    (tmp_path / "x" / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "x" / "fifo")
+    for name in ("by content", "k.jpg_large", "raw.nef"):  # a raw file is TIFF by content, of a small preview
+        (tmp_path / "y" / name).write_bytes(b"II*\0" if name == "raw.nef" else JPEG)
     found = find_images(str(tmp_path), val_fraction=0)
-    assert found.relative_names("train") == [f"x/{n}" for n in sorted([*images, "folder.jpg", "dangling.jpg"])] + [
-        f"y/{n}" for n in sorted(images)
+    assert found.relative_names("train") == [f"x/{n}" for n in sorted([*images, "dangling.jpg"])] + [
+        f"y/{n}" for n in sorted([*images, "by content", "k.jpg_large"])
     ]
     assert len(found.splits["val"]) == 0
+    more = ["stray.jpg", "read.me", "x/dangling", "x/fifo", "y/raw.nef"]
+    assert sorted(found.ignored) == sorted([f"{c}/{name}" for c in ("x", "y") for name in ignored] + more)
+    assert "ignored 19 files (4 without extension, 2 .csv" in found.remarks()
+    assert "\n" not in found.remarks()
+
+
+def test_folders_below_class_folders(tmp_path: Path) -> None:
+    for name in ("2022/01/a.jpg", "2023/a.jpg", "2023/a.txt", "b.jpg"):
+        touch(tmp_path, *(f"{c}/{name}" for c in ("cat", "dog")))
+    touch(tmp_path, "cat/2022/.hidden/c.jpg", "cat/empty/x/.keep")
+    found = find_images(str(tmp_path), val_fraction=0)
+    assert found.class_names == ("cat", "dog")
+    names = ["cat/2022/01/a.jpg", "cat/2023/a.jpg", "cat/b.jpg", "dog/2022/01/a.jpg", "dog/2023/a.jpg", "dog/b.jpg"]
+    assert found.relative_names("train") == names
+    assert found.splits["train"].labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.remarks() == "ignored 2 files (2 .txt), first 'cat/2023/a.txt'"
+
+
+def test_nothing_to_remark(tmp_path: Path) -> None:
+    assert find_images(str(class_folders(tmp_path))).remarks() == ""
+
+
+def test_remarks_are_one_line_of_bearable_length(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    touch(tmp_path, *(f"cat/bad\nname\x1b[31m{n}.x{n % 9}" for n in range(2000)), "cat/one.\x1b[0m")
+    remarks = find_images(str(tmp_path)).remarks()
+    assert remarks.isprintable()
+    assert "ignored 2001 files" in remarks
+    assert len(remarks) < 300
+
+
+@pytest.mark.parametrize("place", ["", "cat/", "train/"])
+def test_our_own_folders_are_no_data(tmp_path: Path, place: str) -> None:
+    """A run and its cache in the data, as `train.py .` makes them."""
+    class_folders(tmp_path / place if place == "train/" else tmp_path, count=5)
+    expected = find_images(str(tmp_path)).digest()
+    for run in ("checkpoints/2026-1", "checkpoints/2026-2", "run"):
+        touch(
+            tmp_path / place, *(f"{run}/{name}" for name in ("config.json", "classes.txt", "curves.png", "val/a.png"))
+        )
+    touch(tmp_path / place, "features/0123/cache.json", "features/0123/a.npy")
+    touch(tmp_path / place, *(() if place == "cat/" else ("cat/cache.json",)))  # of some other program: beside images
+    found = find_images(str(tmp_path))
+    assert found.digest() == expected
+    ours = ["checkpoints/2026-1/", "checkpoints/2026-2/", "features/0123/", "run/"]
+    theirs = [] if place == "cat/" else ["cat/cache.json"]
+    assert sorted(found.ignored) == [f"{place}{name}" for name in (*theirs, *ours)]
+    assert "ignored folders" in found.remarks()
+
+
+def test_folders_that_are_no_split_are_named(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train")
+    touch(tmp_path, "holdout/cat/1.jpg", "annotations/a.xml", "notes.txt", "train/stray.jpg")
+    found = find_images(str(tmp_path))
+    assert sorted(found.ignored) == ["annotations/", "holdout/", "notes.txt", "train/stray.jpg"]
+    assert "ignored folders 'annotations/', 'holdout/'" in found.remarks()
 
 
 def test_links_to_folders_and_files(tmp_path: Path) -> None:
@@ -174,6 +236,31 @@ def test_links_to_folders_and_files(tmp_path: Path) -> None:
     assert found.class_names == ("cat", "dog")
     assert "cat/link.jpg" in placed(found)
     assert str(tmp_path / "data/cat/link.jpg") in sum((examples.paths for examples in found.splits.values()), ())
+
+
+def test_linked_folders_are_listed_once_and_loops_end(tmp_path: Path) -> None:
+    class_folders(tmp_path / "data", count=3)
+    touch(tmp_path, "more/a.jpg", "more/deep/b.jpg")
+    (tmp_path / "data/cat/0 more").symlink_to(tmp_path / "more")
+    (tmp_path / "more/deep/up").symlink_to(tmp_path / "more")  # a loop through a link
+    (tmp_path / "data/cat/again").symlink_to("../dog")  # would give dogs the label of cats
+    (tmp_path / "data/self").symlink_to(".")
+    (tmp_path / "data/cat/root").symlink_to("/")
+    found = find_images(str(tmp_path / "data"), val_fraction=0)
+    assert found.class_names == ("cat", "dog")
+    assert [n for n in found.relative_names("train") if "more" in n] == ["cat/0 more/a.jpg", "cat/0 more/deep/b.jpg"]
+    assert len(found.splits["train"]) == 8
+    assert sorted(found.ignored) == ["cat/0 more/deep/up/", "cat/again/", "cat/root/", "self/"]
+
+
+def test_names_of_a_walk(tmp_path: Path) -> None:
+    """What inference.py predicts of a folder: the images of the folder itself too."""
+    touch(tmp_path, "data/b.jpg", "data/sub/a.jpg", "data/.hidden/x.jpg", "data/a.txt", "linked/c.jpg", "linked/.d.jpg")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "linked")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    listing = walk(str(tmp_path / "data"))
+    assert listing.names() == ["b.jpg", "link/c.jpg", "sub/a.jpg"]
+    assert listing.ignored == ["a.txt", "loop/"]
 
 
 ODD_NAMES = [
@@ -302,14 +389,19 @@ def test_subset() -> None:
     assert examples.subset(np.array([2, 0])).labels.tolist() == [2, 0]
 
 
-def test_a_hundred_thousand_names_are_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [f"{number:05}.jpg" for number in range(50_000)]
-    class_folders(tmp_path, count=1)
-    monkeypatch.setattr(layouts, "_images", lambda folder: names)
-    started = time.perf_counter()
-    found = find_images(str(tmp_path))
-    assert sum(map(len, found.splits.values())) == 100_000
-    assert time.perf_counter() - started < 5  # under a second on a quiet machine; quadratic would be minutes
+def test_every_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_folders(tmp_path, [f"c{number}" for number in range(30)], count=20)
+    listed: list[str] = []
+    scandir = os.scandir
+
+    def counted(folder: str) -> Any:
+        listed.append(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    assert sum(map(len, find_images(str(tmp_path)).splits.values())) == 600
+    assert len(listed) == 32  # the top twice: for its layout, and for its images
+    assert len(set(listed)) == 31
 
 
 # ---- CSV
@@ -351,6 +443,29 @@ def test_csv_without_splits_is_cut_like_folders(tmp_path: Path) -> None:
     assert len(listed.splits["val"]) > 0
     rows = "".join(f"{name},{label},train\n" for name, (label, _) in placed(folders).items())
     assert find_images(write_csv(tmp_path, "path,label,split\n" + rows)).digest() == folders.digest()
+
+
+def test_csv_repeated_rows_count_once_and_are_told(tmp_path: Path) -> None:
+    path = write_csv(touch(tmp_path, "a.jpg", "b.jpg"), "path,label\na.jpg,x\nb.jpg,y\na.jpg,x\n./a.jpg,x\n")
+    found = find_images(path, val_fraction=0)
+    assert found.relative_names("train") == ["a.jpg", "b.jpg"]
+    assert found.remarks() == f"2 rows repeat an earlier one and count once, first {path!r} line 4"
+
+
+def test_csv_spaces_after_commas(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b, c.jpg", " d.jpg")
+    text = 'label, path\nx, a.jpg\ny, "b, c.jpg"\ny, " d.jpg"\n'
+    assert placed(find_images(write_csv(tmp_path, text), val_fraction=0)) == {
+        "a.jpg": ("x", "train"),
+        "b, c.jpg": ("y", "train"),
+        " d.jpg": ("y", "train"),
+    }
+
+
+def test_digest_of_an_earlier_version(tmp_path: Path) -> None:
+    """What the first version gave, so that its runs can be resumed."""
+    assert find_images(str(class_folders(tmp_path / "a", count=7))).digest()[:16] == "6de8530a625677ab"
+    assert find_images(str(food101(tmp_path / "b"))).digest()[:16] == "f9caa8022c1e9fcf"
 
 
 def test_csv_elsewhere_and_absolute_paths(tmp_path: Path) -> None:
@@ -397,6 +512,9 @@ def test_csv_paths_that_leave_the_folder_are_refused(tmp_path: Path, name: str) 
         ("path,label\na.jpg,a\nb.jpg,a\n", "only one class, 'a'"),
         ("path,label,split\na.jpg,a,train\nb.jpg,b,val\n", "no images in train of class 'b'"),
         ("path,label\na\0.jpg,a\nb.jpg,b\n", "NUL|not in"),
+        ("path,label,label\na.jpg,a,a\n", "has 2 columns 'label': keep one"),
+        ("path,path,label\na.jpg,a,a\n", "has 2 columns 'path'"),
+        ("path,label\ncat\\a.jpg,a\nC:\\b.jpg,b\n", "lists 2 of 2 files .*forward slashes"),
     ],
 )
 def test_csv_mistakes(tmp_path: Path, text: str, says: str) -> None:
@@ -423,7 +541,108 @@ def test_image_root_mistakes(tmp_path: Path) -> None:
     assert "is not a folder" in message(path, image_root=str(tmp_path / "nope"))
 
 
+# ---- for scoring
+
+
+def counts(found: LabelledImages) -> dict[str, int]:
+    return {split: len(examples) for split, examples in found.splits.items()}
+
+
+def test_scoring_class_folders_takes_all(tmp_path: Path) -> None:
+    class_folders(tmp_path / "hold", ["cat", "dog", "emu"], count=5)
+    touch(tmp_path, "hold/fox/notes.txt")
+    found = find_images(str(tmp_path / "hold"), scoring=True)
+    assert (counts(found), found.class_names) == ({"all": 15}, ("cat", "dog", "emu"))
+    assert found.splits["all"].labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert found.relative_names("all")[5] == "dog/0000.jpg"
+    assert found.remarks().endswith("no images of class 'fox'")
+
+
+def test_scoring_takes_the_splits_that_are_there(tmp_path: Path) -> None:
+    class_folders(tmp_path / "test", ["cat"], count=4)
+    assert counts(find_images(str(tmp_path), scoring=True)) == {"test": 4}
+    class_folders(tmp_path / "valid", ["dog"], count=3)
+    found = find_images(str(tmp_path), scoring=True)
+    assert (counts(found), found.class_names) == ({"val": 3, "test": 4}, ("cat", "dog"))
+    assert placed(found)["valid/dog/0000.jpg"] == ("dog", "val")
+    class_folders(tmp_path / "train", ["cat", "dog"], count=20)
+    assert counts(find_images(str(tmp_path), scoring=True)) == {"train": 40, "val": 3, "test": 4}
+    assert counts(find_images(str(food101(tmp_path / "food")), scoring=True)) == {"train": 4, "val": 3}
+
+
+def test_scoring_a_list(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    assert counts(find_images(write_csv(tmp_path, "path,label\na.jpg,x\nb.jpg,x\n"), scoring=True)) == {"all": 2}
+    for split, rows in (("test", 2), ("val", 2), ("train", 2)):
+        path = write_csv(tmp_path, f"path,label,split\na.jpg,x,{split}\nb.jpg,y,{split}\n")
+        assert counts(find_images(path, scoring=True)) == {split: rows}
+
+
+def test_scoring_without_images(tmp_path: Path) -> None:
+    assert "1 .heic" in message(touch(tmp_path, "cat/a.heic"), scoring=True)
+    assert "has no images" in message(touch(tmp_path / "split", "test/cat/a.txt"), scoring=True)
+
+
 # ---- mistakes with folders
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (["Training/cat", "Training/dog", "Testing/cat", "Testing/dog"], "'Testing', 'Training'"),
+        (["seg_train/cat", "seg_train/dog", "seg_test/cat", "seg_pred"], "'seg_test', 'seg_train'"),
+        (["train_set", "val_set"], "'train_set', 'val_set'"),
+    ],
+)
+def test_splits_under_other_names(tmp_path: Path, folders: list[str], named: str) -> None:
+    class_folders(tmp_path, folders, count=3)
+    for scoring in (False, True):
+        error = message(tmp_path, scoring=scoring)
+        assert f"{named} are named like splits: rename them to train/ and val/" in error
+        assert "one level too high" not in error
+
+
+def test_classes_with_words_of_splits_in_their_names(tmp_path: Path) -> None:
+    class_folders(tmp_path, ["freight train", "test tube", "car/2023"])
+    assert find_images(str(tmp_path)).class_names == ("car", "freight train", "test tube")
+
+
+def test_one_level_too_high_is_not_said_where_another_folder_holds_images(tmp_path: Path) -> None:
+    class_folders(tmp_path, ["dog/a", "dog/b", "cat"], count=3)
+    assert find_images(str(tmp_path)).class_names == ("cat", "dog")
+    touch(tmp_path, "emu/x.txt")
+    assert "no images in train of class 'emu'" in message(tmp_path)
+
+
+def test_one_level_too_high_within_train(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train" / "train_images", count=3)
+    class_folders(tmp_path / "val", ["cat/2023"], count=3)
+    assert "named like splits" in message(tmp_path)
+    (tmp_path / "train" / "train_images").rename(tmp_path / "train" / "images")
+    assert "if that is the data set, this is one level too high" in message(tmp_path)
+    class_folders(tmp_path / "train", count=3)
+    (tmp_path / "train" / "images").rename(tmp_path / "spare")
+    assert counts(find_images(str(tmp_path))) == {"train": 6, "val": 3}
+
+
+def test_a_class_that_a_split_lacks_or_has_empty_is_accepted(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", ["cat", "dog", "emu"])
+    class_folders(tmp_path / "val", ["cat"])
+    touch(tmp_path, "val/dog/.keep", "val/unknown/.keep")
+    found = find_images(str(tmp_path))
+    assert np.bincount(found.splits["val"].labels, minlength=3).tolist() == [40, 0, 0]
+    assert found.remarks() == "no images in val of class 'dog', 'emu'"
+    touch(tmp_path, "train/fox/.keep")
+    assert "no images in train of class 'fox'" in message(tmp_path)
+
+
+def test_spellings_that_look_the_same(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", ["caf\u00e9", "dog"])
+    class_folders(tmp_path / "val", ["cafe\u0301", "dog"])
+    error = message(tmp_path)
+    assert r"'cafe\u0301' and 'caf\xe9' differ only in Unicode normalisation" in error
+    class_folders(tmp_path / "train", ["cafe\u0301"])
+    assert "differ only in Unicode normalisation" in find_images(str(tmp_path)).remarks()
 
 
 def test_no_such_path(tmp_path: Path) -> None:

@@ -19,7 +19,18 @@ from console import UserError, exit_status
 from dataset import layouts
 from tools import check_data, compare, explore_data, explore_pictures, split_data
 
-ODD_NAMES = ["a b", 'q"uo,te', "new\nline", "car\rriage", "größe", "-flag", "{0}", "$x$", os.fsdecode(b"raw\xff")]
+ODD_NAMES = [
+    "a b",
+    'q"uo,te',
+    "new\nline",
+    "car\rriage",
+    "größe",
+    "-flag",
+    "{0}",
+    "$x$",
+    " space",
+    os.fsdecode(b"raw\xff"),
+]
 
 
 def save(
@@ -56,19 +67,24 @@ def test_check_data_finds_each_thing(tmp_path, capsys):
     (root / "train/cat/bad\nline.png").write_bytes(b"")
     b = save(root / "train/dog/b.png", (3, 3, 3))
     (root / "train/dog/b again.png").write_bytes(b.read_bytes())
-    (root / "train/dog/folder.png").mkdir()
+    (root / "train/dog/gone.png").symlink_to("nowhere")
+    save(root / "train/cat/2023/nested.png", (5, 5, 5))
+    save(root / "train/cat/no extension", (6, 6, 6))
+    (root / "train/cat/a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    save(root / "spare/cat/d.png", (7, 7, 7))
     save(root / "val/cat/c.png", (4, 4, 4))
     (root / "val/dog").mkdir(parents=True)
     (root / "val/dog/a as a dog.png").write_bytes(a.read_bytes())
     assert run(check_data, root) == 1
     out = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if re.match(r"(cat|dog|all) ", line)}
-    assert rows == {"cat": ["3", "1", "4", "1"], "dog": ["3", "1", "4", "1"], "all": ["6", "2", "8", "2"]}
-    assert "bad files: 2\n  train/cat/bad\\nline.png: is empty\n  train/dog/folder.png: is a folder\n" in out
+    assert rows == {"cat": ["5", "1", "6", "1"], "dog": ["3", "1", "4", "1"], "all": ["8", "2", "10", "2"]}
+    assert "bad files: 2\n  train/cat/bad\\nline.png: is empty\n  train/dog/gone.png: is a dangling link\n" in out
     assert "all the same): 1\n  train/cat/named wrong.jpg: is PNG\n" in out
     assert "within a split: 1\n  train: train/dog/b again.png = train/dog/b.png\n" in out
     assert "too good): 1\n  train/cat/a.png (train) = val/dog/a as a dog.png (val)\n" in out
     assert "different labels: 1\n  train/cat/a.png (cat) = val/dog/a as a dog.png (dog)\n" in out
+    assert out.endswith("no part of the data set): 2\n  train/cat/a.heic\n  spare/\n")
 
 
 def test_check_data_hashes_only_files_of_equal_size(tmp_path, monkeypatch):
@@ -123,6 +139,29 @@ def test_check_data_by_processes_finds_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check_data, "FILES_FOR_PROCESSES", 1)
     assert run(check_data, root) == 1
     assert capsys.readouterr().out == by_threads
+
+
+def test_check_data_without_semaphores(tmp_path, monkeypatch, capsys):
+    """As on AWS Lambda, where nothing of multiprocessing can be made."""
+    root = make_classes(tmp_path, {"a": 3, "b": 3})
+    (root / "a" / "bad.png").write_bytes(b"")
+
+    def refuse(*_, **__):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    monkeypatch.setattr(check_data, "FILES_FOR_PROCESSES", 1)
+    assert run(check_data, root) == 1
+    assert "bad files: 1\n  a/bad.png: is empty" in capsys.readouterr().out
+
+
+def test_check_data_tells_what_it_does_not_read(tmp_path, capsys):
+    root = make_classes(tmp_path, {"a": 3, "b": 3})
+    (root / "a" / "x\x1b[31m.heic").write_bytes(b"")
+    assert run(check_data, root, "--val-fraction", 0) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("no part of the data set): 1\n  a/x\\x1b[31m.heic\n")
+    assert "nothing wrong found" not in out
 
 
 def test_check_data_on_odd_files(shared, capsys):
@@ -229,8 +268,8 @@ def test_split_data_round_trip_of_odd_names(tmp_path, place):
     above = "da ta/" if place == "above" else ""
     splits = splits_of(out, None if place == "above" else root)
     everything = {name: label for images in splits.values() for name, label in images.items()}
-    assert everything == {f"{above}{label}/{name}.png": label for label in labels for name in ODD_NAMES}
-    assert Counter(splits["val"].values()) == dict.fromkeys(labels, 2)  # 0.2 of 9 is 1.8
+    assert everything == {f"{above}{label}/{name}.png": label.strip() for label in labels for name in ODD_NAMES}
+    assert Counter(splits["val"].values()) == dict.fromkeys(map(str.strip, labels), 2)  # 0.2 of 10
 
 
 def test_split_data_of_a_list_with_a_root(tmp_path):

@@ -1,25 +1,28 @@
 """Decodes every image of a data set and lists what is wrong: bad files, wrong extensions, duplicates, leaks.
 
+What is not read at all (other formats, folders that are no split) is listed too.
+
 Exit status: 0 if every image can be decoded (the rest are warnings), 1 if some cannot, 2 if there is nothing to check
 or train.py would not take DATA.
 """
 
 import argparse
+import contextlib
 import hashlib
 import multiprocessing
 import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from console import ArgumentParser, UserError, one_line, run_script
-from dataset import images, layouts
+from console import ArgumentParser, UserError, cores, one_line, run_script
+from dataset import images
+from dataset.walk import IMAGE_EXTENSIONS, walk
 from reports.tables import table
 from tools.data_flags import add_data_flags, find_images
 
@@ -76,35 +79,43 @@ class Duplicates:
         return len({file.label for file in self.files}) > 1
 
 
-def list_files(flags: argparse.Namespace) -> tuple[str, list[Listed], UserError | None]:
-    """A description of the data set, its files, and why it is none where it is not.
+@dataclass(frozen=True)
+class Listing:
+    """What there is to check, and what is not read."""
 
-    A folder that is no data set, perhaps because of the very files that are to be found, is searched for everything
-    that is named like an image; the class is then the folder.
+    title: str
+    files: list[Listed]
+    ignored: list[str]
+    notes: list[str]
+    error: UserError | None = None  # why this is no data set
+
+
+def list_files(flags: argparse.Namespace) -> Listing:
+    """The files of a data set.
+
+    Of a folder that is no data set, perhaps because of the very files that are to be found, all images are listed; the
+    class is then the folder.
     """
     try:
         found = find_images(flags)
     except UserError as error:
-        files = list(walk(flags.data)) if os.path.isdir(flags.data) else []
+        if not os.path.isdir(flags.data):
+            raise
+        listing = walk(flags.data)
+        files = [
+            Listed(os.path.join(flags.data, name), name, os.path.dirname(name) or ".", NO_SPLIT)
+            for name in listing.names()
+        ]
         if not files:
             raise
-        return f"{flags.data}: a folder that is no data set", files, error
+        ignored = [*listing.ignored, *listing.ours]
+        return Listing(f"{flags.data}: a folder that is no data set", files, ignored, [], error)
     files = [
         Listed(path, name, found.class_names[label], split)
         for split, examples in found.splits.items()
         for path, name, label in zip(examples.paths, found.relative_names(split), examples.labels, strict=True)
     ]
-    return f"{flags.data}: {found.layout}", files, None
-
-
-def walk(root: str) -> Iterator[Listed]:
-    """Everything below a folder that is named like an image."""
-    for folder, folders, names in os.walk(root):
-        for name in sorted(filter(layouts.is_image_name, [*names, *folders])):
-            path = os.path.join(folder, name)
-            label = os.path.relpath(folder, root)
-            yield Listed(path, os.path.relpath(path, root), label, NO_SPLIT)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not layouts.is_image_name(f))
+    return Listing(f"{flags.data}: {found.layout}", files, list(found.ignored), list(found.notes))
 
 
 def in_parallel(work: Callable[[str], Result], paths: Sequence[str], what: str) -> list[Result]:
@@ -113,17 +124,15 @@ def in_parallel(work: Callable[[str], Result], paths: Sequence[str], what: str) 
     By processes where there are files enough to repay their start: of decoding an image about a third holds the
     interpreter, so that threads would occupy three cores at most.
     """
-    cores = len(os.sched_getaffinity(0))
-    pool: Executor
+    pool: Executor = ThreadPoolExecutor(cores())
     if len(paths) >= FILES_FOR_PROCESSES:
-        pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
-    else:
-        pool = ThreadPoolExecutor(cores)
+        with contextlib.suppress(OSError, ImportError, NotImplementedError):  # a host without semaphores: AWS Lambda
+            pool = ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn"))
     try:
         with pool:
             results = pool.map(work, paths, chunksize=16)
             return list(tqdm(results, total=len(paths), desc=what, unit="img", leave=False, disable=None))
-    except BrokenProcessPool:
+    except BrokenExecutor:
         raise UserError(
             f"{what}: a process was killed, perhaps for lack of memory: close other programs, or use fewer cores "
             "with: taskset -c 0 python -m tools.check_data ..."
@@ -180,14 +189,17 @@ def section(title: str, lines: Sequence[str]) -> list[str]:
     return ["", f"{title}: {len(lines)}", *(f"  {one_line(line)}" for line in lines)] if lines else []
 
 
-def findings(files: Sequence[Listed], found: Sequence[Found]) -> list[str]:
+def findings(listing: Listing, found: Sequence[Found]) -> list[str]:
     """The lines of the report that follow the table."""
+    files = listing.files
     pairs: list[tuple[Listed, Found]] = list(zip(files, found, strict=True))
     bad = [f"{file.name}: {f.fault}" for file, f in pairs if f.fault is not None]
     wrong = [
         f"{file.name}: is {f.kind.upper()}"
         for file, f in pairs
-        if f.kind is not None and not file.name.lower().endswith(EXTENSIONS[f.kind])
+        if f.kind is not None
+        and (extension := os.path.splitext(file.name)[1].lower()) in IMAGE_EXTENSIONS
+        and extension not in EXTENSIONS[f.kind]
     ]
     groups = find_duplicates(files, found)
     within = [f"{part[0].split}: " + " = ".join(f.name for f in part) for g in groups for part in g.within_splits()]
@@ -199,6 +211,8 @@ def findings(files: Sequence[Listed], found: Sequence[Found]) -> list[str]:
         *section("identical files within a split", within),
         *section("identical files in several splits (a leak: scores will be too good)", across),
         *section("identical files with different labels", differ),
+        *section("notes", listing.notes),
+        *section("not read (files of other formats, folders that are no part of the data set)", listing.ignored),
     ]
     return lines or ["", "nothing wrong found"]
 
@@ -208,15 +222,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m tools.check_data", description=__doc__)
     add_data_flags(parser)
     flags = parser.parse_args(argv)
-    title, files, no_data_set = list_files(flags)
-    found = in_parallel(examine, [file.path for file in files], "decoding")
-    print("\n".join([one_line(title), "", counts_table(files, found), *findings(files, found)]))
+    listing = list_files(flags)
+    found = in_parallel(examine, [file.path for file in listing.files], "decoding")
+    counts = counts_table(listing.files, found)
+    print("\n".join([one_line(listing.title), "", counts, *findings(listing, found)]))
     if any(f.fault is not None for f in found):
-        if no_data_set:
-            print(f"warning: {one_line(no_data_set)}", file=sys.stderr)
+        if listing.error:
+            print(f"warning: {one_line(listing.error)}", file=sys.stderr)
         return 1
-    if no_data_set:
-        raise no_data_set
+    if listing.error:
+        raise listing.error
     return 0
 
 

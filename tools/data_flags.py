@@ -12,7 +12,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="a folder (Food-101, split folders, a folder per class) or a CSV (path,label[,split])",
     )
-    add_image_root(parser)
+    parser.add_argument("--image-root", help="folder that the paths of a CSV are relative to; default: the CSV's own")
     parser.add_argument(
         "--val-fraction",
         type=float,
@@ -25,10 +25,6 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="share of images to keep for a test split where DATA has none (default %(default)s)",
     )
-
-
-def add_image_root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image-root", help="folder that the paths of a CSV are relative to; default: the CSV's own")
 
 
 def find_images(flags: argparse.Namespace) -> layouts.LabelledImages:

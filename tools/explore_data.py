@@ -8,11 +8,11 @@ import argparse
 import functools
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from console import ArgumentParser, UserError, one_line, quiet_tensorflow, run_script
+from console import ArgumentParser, UserError, cores, one_line, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -105,8 +105,8 @@ def gather(sample: dict[str, layouts.Examples], class_count: int, crop_margin: i
         np.zeros((class_count, 3, BINS)), np.zeros((means, MEAN_SIDE, MEAN_SIDE, 3)), [], [], [], []
     )
     work = functools.partial(look, crop_margin=crop_margin)
-    with ThreadPool() as pool:
-        looks: Iterable[Look | str] = pool.imap(work, (path for _, path, _ in listed), chunksize=4)
+    with ThreadPoolExecutor(cores()) as pool:
+        looks: Iterable[Look | str] = pool.map(work, [path for _, path, _ in listed])
         bar = tqdm(looks, total=len(listed), desc="looking at images", unit="img", leave=False, disable=None)
         for (split, _, label), seen in zip(listed, bar, strict=True):
             if isinstance(seen, str):
@@ -182,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.image_size < 32 or flags.crop_margin < 0 or flags.samples < 1 or flags.seed < 0:
         raise UserError("--image-size must be at least 32, --samples 1, --crop-margin and --seed 0")
     found = find_images(flags)
+    if remarks := found.remarks():
+        print(remarks, file=sys.stderr)
     spec = Preprocessing(flags.image_size, flags.crop_margin, tuple(flags.augment))
     statistics = gather(choose(found, flags.samples, flags.seed), len(found.class_names), flags.crop_margin)
     if not statistics.labels:
@@ -194,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"cannot write {str(flags.output)!r} ({error.strerror}): name another with --output") from None
     if statistics.faults:
         print(f"left out {len(statistics.faults)} bad files; python -m tools.check_data lists all", file=sys.stderr)
-    print(f"{page}: {len(statistics.labels)} of {sum(map(len, found.splits.values()))} images looked at")
+    print(f"{one_line(page)}: {len(statistics.labels)} of {sum(map(len, found.splits.values()))} images looked at")
     return 0
 
 

@@ -1,23 +1,24 @@
 """Writes which image is for training, validation and test as CSV lists that train.py reads; copies nothing.
 
 Stratified: each class is split by itself, its share rounded to whole images. The images of DATA's own train and val
-are pooled and drawn anew; a test split that DATA brings stays the test split.
+are pooled and drawn anew; a test split that DATA brings stays the test split. Names are written as they are on disk,
+so one that begins with =, +, - or @ is a formula to a spreadsheet.
 """
 
 import csv
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from console import ArgumentParser, UserError, run_script
+from console import ArgumentParser, UserError, one_line, run_script
 from dataset import layouts
 from files import replace_file
 from reports.tables import table
-from tools.data_flags import add_image_root
 
 Splits = dict[str, np.ndarray]  # split -> indices of examples, sorted
 
@@ -86,8 +87,8 @@ def write_list(path: Path, found: layouts.LabelledImages, examples: layouts.Exam
         for split, indices in splits.items()
         for i in indices
     ]
-    # Quoted throughout where a name holds a carriage return, which Python's writer would otherwise leave bare.
-    bare = any("\r" in text for row in rows for text in row)
+    # Quoted throughout where a carriage return or a space in front would get lost, which Python's writer leaves bare.
+    bare = any("\r" in text or text.startswith(" ") for row in rows for text in row)
     try:
         # surrogateescape: names come out as the bytes that they are on disk.
         with (
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m tools.split_data", description=__doc__)
     parser.add_argument("data", metavar="DATA", help="a data set in any layout that train.py takes")
     parser.add_argument("out", type=Path, metavar="OUT.csv", help="list to write; with --k-fold OUT-1.csv, OUT-2.csv …")
-    add_image_root(parser)
+    parser.add_argument("--image-root", help="folder that the paths of a CSV are relative to; default: the CSV's own")
     parser.add_argument("--val-fraction", type=float, help="share of each class to validate on (default 0.2)")
     parser.add_argument("--test-fraction", type=float, help="share of each class to keep for a test (default 0)")
     parser.add_argument("--seed", type=int, default=0, help="draws another split (default %(default)s)")
@@ -148,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (0 <= val < 1 and 0 <= test < 1 and (flags.k_fold is not None or val + test < 1)):
         raise UserError(f"--val-fraction {val} and --test-fraction {test}: numbers from 0, less than 1 in sum")
     found = layouts.find_images(flags.data, val_fraction=0.0, test_fraction=0.0, image_root=flags.image_root or None)
+    if remarks := found.remarks():
+        print(remarks, file=sys.stderr)
     if test and "test" in found.splits:
         raise UserError(f"{flags.data!r} brings a test split, which stays: leave out --test-fraction")
     examples, made = plan(found, val, test, flags.seed, flags.k_fold)
@@ -161,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [[path, *(len(splits[split]) for split in header[1:])] for path, splits in zip(paths, made, strict=True)]
     print(table(rows, header))
     image_root = "" if beside[0] else f" --image-root {shlex.quote(found.root)}"
-    print("", *(f"python train.py {shlex.quote(str(path))}{image_root}" for path in paths), sep="\n")
+    print("", *(one_line(f"python train.py {shlex.quote(str(path))}{image_root}") for path in paths), sep="\n")
     return 0
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 import devices
-from console import StopSignals, UserError, one_line
+from console import StopSignals, UserError, cores, one_line
 from dataset import images, layouts
 from dataset.contents import Fingerprint, fingerprints
 from files import check_folder
@@ -43,7 +43,7 @@ def evaluate(
     Returns the folder of the results, the split and the scores.
     """
     config = run.config()
-    devices.use_threads(config.threads or devices.cores())
+    devices.use_threads(config.threads)
     network = run.load_model()
     settings = Settings.from_dict(config.settings)
     place = data_path or config.data.path or config.data.root
@@ -58,8 +58,10 @@ def evaluate(
     if own is not None:
         found, splits = own, plan.usable_examples(settings, own, config.excluded)
     else:
-        found = layouts.find_images(place, val_fraction=0.2, image_root=image_root)
+        found = layouts.find_images(place, image_root=image_root, scoring=True)
         splits = found.splits
+    if remarks := found.remarks():
+        print(f"note       {remarks}", flush=True)
     split = split or ("all" if own is None else "val")
     if split not in (*splits, "all"):
         raise UserError(f"--split {split}: {found.root} has the splits {', '.join(splits)}, all")
@@ -182,4 +184,4 @@ def fingerprint_images(
     """The fingerprint of every image, under a progress bar; see `dataset.contents.fingerprints`."""
     paths = [path for of_split in examples.values() for path in of_split.paths]
     progress = functools.partial(tqdm, desc="reading images", unit="files", leave=False, disable=None)
-    return fingerprints(paths, known, devices.cores(), progress)
+    return fingerprints(paths, known, cores(), progress)

@@ -112,7 +112,7 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
 def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     """What `prepare` decided for a run that exists; UserError, naming what differs, where it would be another run."""
     config = run.config()
-    devices.use_threads(config.threads or devices.cores())
+    devices.use_threads(config.threads)
     found = plan.list_images(settings, data_path)
     plan.check_settings(run, config, settings)
     examples = plan.usable_examples(settings, found, config.excluded)
@@ -185,7 +185,7 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
         if not run.exists():
             plan.write_images(run, plan.record_images(prepared.found, prepared.examples, prepared.prints))
             run.create(prepared.config)
-        for line in _introduction(run, prepared.config):
+        for line in _introduction(run, prepared.config, prepared.found.remarks()):
             print(line, flush=True)
         with readable_failures():
             return _train(run, prepared, stop)
@@ -199,12 +199,13 @@ def _refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
             raise UserError(f"{flag} {place} lies inside DATA, {data_path}: name a folder elsewhere")
 
 
-def _introduction(run: Run, config: RunConfig) -> list[str]:
+def _introduction(run: Run, config: RunConfig, remarks: str) -> list[str]:
     gpus = tf.config.list_physical_devices("GPU")
     counts = ", ".join(f"{count} {split}" for split, count in config.counts.items())
     return [
         f"run        {one_line(run.path)}",
         f"data       {one_line(config.data.root)} ({config.data.layout}): {len(config.class_names)} classes, {counts}",
+        *([f"note       {remarks}"] if remarks else []),
         f"weights    {one_line(config.pretrained.source)}: {config.pretrained.summary}",
         f"head       {config.model.head} ({config.head_reason})",
         "training   "
