@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import matplotlib.cbook
+import matplotlib
 import numpy as np
 import pytest
 import skimage.data
@@ -42,8 +42,7 @@ Change = Callable[[np.ndarray], tuple[SimilarityTransform, np.ndarray]]
 def photograph(name: str) -> np.ndarray:
     if name == "astronaut":
         return skimage.data.astronaut()
-    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-        return np.asarray(Image.open(file).convert("RGB"))
+    return np.asarray(Image.open(Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")).convert("RGB"))
 
 
 def turned(degrees: float) -> Change:
@@ -80,7 +79,8 @@ CHANGES: dict[str, Change] = {
 
 def run_tool(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

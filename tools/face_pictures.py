@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +47,23 @@ Make = Callable[[np.ndarray, argparse.Namespace], list[Picture] | str]  # of uin
 Record = dict[str, Any]  # a line of the journal: image, pictures (their rows of faces.csv), reason
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a process does with each image, by the flags of the command."""
-
-    make: Make
-    flags: argparse.Namespace
-
-    def __call__(self, path: str, name: str) -> Record:
-        """Writes the pictures of one image, aside and renamed; returns its line of the journal."""
-        try:
-            made = self.make(read_image(path), self.flags)
-        except ImageError as error:
-            made = error.reason
-        if isinstance(made, str):
-            return {"image": name, "pictures": [], "reason": made}
-        rows = []
-        for number, picture in enumerate(made, 1):
-            # The whole old name stays in it, so that a.jpg and a.png beside each other give two pictures.
-            target = f"{one_line(name)}-{number}.{self.flags.format}"
-            path_out = self.flags.out / target
-            path_out.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(path_out) as aside:
-                Image.fromarray(picture.pixels).save(aside, quality=JPEG_QUALITY)
-            rows.append({"path": target, **picture.columns})
-        return {"image": name, "pictures": rows, "reason": ""}
+def write_pictures(make: Make, flags: argparse.Namespace, path: str, name: str) -> Record:
+    """Writes the pictures of one image, each aside and renamed; returns its line of the journal."""
+    try:
+        made = make(read_image(path), flags)
+    except ImageError as error:
+        made = error.reason
+    if isinstance(made, str):
+        return {"image": name, "pictures": [], "reason": made}
+    rows = []
+    for number, picture in enumerate(made, 1):
+        # The whole old name stays in it, so that a.jpg and a.png beside each other give two pictures.
+        target = f"{one_line(name)}-{number}.{flags.format}"
+        (flags.out / target).parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(flags.out / target) as aside:
+            Image.fromarray(picture.pixels).save(aside, quality=JPEG_QUALITY)
+        rows.append({"path": target, **picture.columns})
+    return {"image": name, "pictures": rows, "reason": ""}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +109,7 @@ def make_pictures(flags: argparse.Namespace, make: Make, columns: Sequence[str])
     done = begin(flags, found.digest())
     todo = [(path, name) for path, name, *_ in listed if name not in done]
     with open(flags.out / JOURNAL, "a", encoding="utf-8") as journal, StopSignals() as stop:
-        results = on_all_cores(Job(make, flags), todo, flags.jobs)
+        results = on_all_cores(partial(write_pictures, make, flags), todo, flags.jobs)
         for record in tqdm(results, total=len(listed), initial=len(done), unit="img", disable=None):
             journal.write(json.dumps(record) + "\n")
             journal.flush()
@@ -172,19 +165,19 @@ def begin(flags: argparse.Namespace, digest: str) -> dict[str, Record]:
     return {}
 
 
-def on_all_cores(job: Job, todo: Sequence[tuple[str, str]], jobs: int) -> Iterator[Record]:
-    """The record of each image, in order."""
+def on_all_cores(work: Callable[[str, str], Record], todo: Sequence[tuple[str, str]], jobs: int) -> Iterator[Record]:
+    """The record of each image of `todo` (path, name), in order."""
     if not todo:
         return
     pool = ProcessPoolExecutor(min(jobs, len(todo)), multiprocessing.get_context("spawn"), initializer=_start_process)
     try:
-        yield from pool.map(job, *zip(*todo, strict=True))
+        yield from pool.map(work, *zip(*todo, strict=True))
     except BrokenProcessPool:
         raise UserError(
             "a process was killed, perhaps for lack of memory: repeat the command with a smaller --jobs; it goes on"
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_process() -> None:
