@@ -19,7 +19,8 @@ from devices import compute_dtype
 from model import Network
 from training.settings import Settings, flag_name
 from training.step import Optimisation, Phase, Trainer
-from weights import pretrained
+from weights.names import find_imagenet, load_pretrained
+from weights.restore import RestoreReport, restore
 
 
 def find_images(settings: Settings, data_path: str) -> layouts.LabelledImages:
@@ -39,8 +40,8 @@ def new_config(
     arrays: dict[str, np.ndarray] = {}
     source = settings.pretrained
     if source != "none":
-        source = pretrained.find_imagenet(settings.network) if source == "imagenet" else source
-        arrays = pretrained.load_pretrained(source, settings.network)
+        source = find_imagenet(settings.network) if source == "imagenet" else source
+        arrays = load_pretrained(source, settings.network)
     head, why = settings.head, "as asked"
     if head == "auto":
         has_fc = all(f"{settings.network}/{stage}/weights" in arrays for stage in ("fc6", "fc7"))
@@ -81,14 +82,14 @@ def new_config(
     return config, arrays
 
 
-def restore_pretrained(model: Network, arrays: dict[str, np.ndarray], source: str) -> pretrained.RestoreReport:
+def restore_pretrained(model: Network, arrays: dict[str, np.ndarray], source: str) -> RestoreReport:
     """Restores everything but the last layer, whose classes are other ones; only the head may be missing in the file.
 
     Without arrays (`--pretrained none`) nothing is restored.
     """
     last = f"{model.network}/{model.stages[-1]}"
     may_be_new = [f"{model.network}/{stage}" for stage in (model.head_stages if arrays else model.stages)]
-    return pretrained.restore(model.variables_by_name, arrays, exclude=[last], may_be_new=may_be_new, source=source)
+    return restore(model.variables_by_name, arrays, exclude=[last], may_be_new=may_be_new, source=source)
 
 
 def _bad_images(settings: Settings, found: layouts.LabelledImages) -> list[str]:

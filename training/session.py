@@ -22,7 +22,7 @@ from training import features, plan
 from training.loop import Fit, progress_bar
 from training.settings import Settings
 from training.step import Phase, compiled_forward, predict
-from weights import pretrained
+from weights.names import load_pretrained
 
 EVALUATION_BATCH = 32
 
@@ -106,7 +106,7 @@ def _train(
     if not fit.restore():
         source = config["pretrained"]["source"]
         if arrays is None:  # killed before its first checkpoint
-            arrays = {} if source == "none" else pretrained.load_pretrained(source, settings.network)
+            arrays = {} if source == "none" else load_pretrained(source, settings.network)
         plan.restore_pretrained(trainer.model, arrays, source)
     spec = plan.preprocessing(settings)
     image_loads = {split: data.image_loader(examples[split], spec, settings.seed) for split in ("train", "val")}
