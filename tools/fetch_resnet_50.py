@@ -31,7 +31,8 @@ def pack() -> bytes:
         done = subprocess.run(["npm", "pack", PACKAGE], cwd=folder, capture_output=True, text=True, check=False)
         archives = list(Path(folder).glob("*.tgz"))
         if done.returncode or not archives:
-            raise UserError(f"npm pack {PACKAGE} failed: {" ".join(done.stderr.split())[-300:] or 'no archive'}; try again")
+            reason = " ".join(done.stderr.split())[-300:] or "no archive"
+            raise UserError(f"npm pack {PACKAGE} failed, try again: {reason}")
         content = archives[0].read_bytes()
     if base64.b64encode(hashlib.sha512(content).digest()).decode() != SHA512:
         raise UserError(f"npm gave another {PACKAGE} than the one that is pinned by its SHA-512: it is not used")
