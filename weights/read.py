@@ -46,6 +46,7 @@ _NUMBERED = {  # Keras 3 numbers the parameters of a layer: by class of the laye
     ("batch_normalization", 4): ("gamma", "beta", "moving_mean", "moving_variance"),
 }
 _LEGACY_ROOT = "model_weights"  # where a legacy file of a whole model keeps its weights
+_MAX_JSON_BYTES = 64 * 2**20  # ResNet-50's is 109 kB
 _TFJS_DTYPES = {"float32": "<f4", "int32": "<i4"}
 
 
@@ -149,9 +150,8 @@ def _read_safetensors(file: str) -> dict[str, np.ndarray]:
 
 def _read_tfjs(file: str) -> dict[str, np.ndarray]:
     """All weights of a model.json of TensorFlow.js, which describes the content of the shards beside it."""
-    check_size(file, [os.path.getsize(file)])
-    with open(file, encoding="utf-8") as stream:
-        groups = json.load(stream).get("weightsManifest")
+    with open(file, "rb") as stream:
+        groups = json.loads(stream.read(_MAX_JSON_BYTES)).get("weightsManifest")
     if groups is None:
         raise UserError(f"{file} is JSON but not the model.json of a TensorFlow.js model: {_REMEDY}")
     weights = [weight for group in groups for weight in group["weights"]]
