@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # OWASP, "CSV Injection"; the wide ones count in East Asian settings
+
 
 @contextmanager
 def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -49,13 +51,38 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_csv(path: str | os.PathLike[str], header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a header and rows as CSV, aside and renamed; text as in `write_text`."""
-    lines = [header, *rows]
+    """Writes a header and rows as `csv_text` makes them, aside and renamed; text as in `write_text`."""
+    write_text(path, csv_text([header, *rows]))
+
+
+def csv_text(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as CSV that a spreadsheet can open safely.
+
+    It would run a text that begins with one of = + - @, a tab or a line break as a formula, and anybody may have named
+    the images and classes. Such a cell gets an apostrophe before it, which spreadsheets take for "this is text", unless
+    it is a number such as -1. A file name must stay one that opens: pass it through `csv_file_name`.
+    """
+    cells = [[f"'{cell}" if _is_formula(cell) else cell for cell in row] for row in rows]
     # The csv module quotes a cell for the line end that it writes, but a lone carriage return ends a row for readers.
-    odd = any("\r" in cell for line in lines for cell in line if isinstance(cell, str))
+    odd = any("\r" in cell for row in cells for cell in row if isinstance(cell, str))
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerows(lines)
-    write_text(path, text.getvalue())
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerows(cells)
+    return text.getvalue()
+
+
+def csv_file_name(name: str) -> str:
+    """`name`, with "./" before it where a spreadsheet would run it as a formula: still the name of the same file."""
+    return f"./{name}" if name.startswith(FORMULA_STARTS) else name
+
+
+def _is_formula(cell: Any) -> bool:
+    if not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS):
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
 
 
 def _plain(value: Any) -> Any:
