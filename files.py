@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # OWASP, "CSV Injection"; the wide ones count in East Asian settings
-
 
 @contextmanager
 def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -53,6 +51,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def write_csv(path: str | os.PathLike[str], header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
     """Writes a header and rows as `csv_text` makes them, aside and renamed; text as in `write_text`."""
     write_text(path, csv_text([header, *rows]))
+
+
+FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # OWASP, "CSV Injection"; the wide ones count in East Asian settings
 
 
 def csv_text(rows: Sequence[Sequence[Any]]) -> str:

@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from files import replace_file
@@ -72,28 +73,19 @@ def draw_confusion(
     width, height = left + side + right, bottom + side + top
     figure = Figure((width, height), dpi=DPI)
     axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-    maximum = 100.0 if normalised else max(1.0, values.max())
-    shades = colormaps["Blues"](np.linspace(0.15, 1, 255))
-    colours = ListedColormap([(1, 1, 1, 1), *shades]).with_extremes(bad="0.85")  # white is zero and nothing else
-    image = axes.imshow(values, cmap=colours, norm=PowerNorm(0.5, 0, maximum), interpolation="nearest")
+    image = _paint_cells(axes, values, cell, normalised)
     ticks = range(0, count, every)
     axes.set_xticks(ticks, names, rotation=90 if upright else 0, **text_style())
     axes.set_yticks(ticks, names, **text_style())
-    if cell > 0.1:
-        edges, limits = np.arange(1, count) - 0.5, (-0.5, count - 0.5)
-        axes.vlines(edges, *limits, color="0.8", linewidth=0.4)
-        axes.hlines(edges, *limits, color="0.8", linewidth=0.4)
-        axes.set(xlim=limits, ylim=limits[::-1])
     axes.set_xlabel(f"{of_class}predicted class")
     axes.set_ylabel(f"{of_class}true class")
-    _annotate(axes, values, cell, normalised)
     bar_axes = figure.add_axes(((left + side + 0.15) / width, bottom / height, 0.18 / width, side / height))
     bar = figure.colorbar(image, cax=bar_axes, ticks=MaxNLocator(6, integer=True))
     bar.set_label(("per cent of the true class" if normalised else "images") + " (square-root colour scale)")
     absent = "; grey: no examples" if normalised and not support.all() else ""
-    cells = f"; a cell is {classes_per_cell} x {classes_per_cell} classes, the diagonal with mistakes among them"
-    cells = cells if classes_per_cell > 1 else ""
-    title = f"{split}: {int(support.sum())} examples{cells}{absent}"
+    title = f"{split}: {int(support.sum())} examples{absent}"
+    if classes_per_cell > 1:
+        title += f"; a cell is {classes_per_cell} x {classes_per_cell} classes, mistakes among them on the diagonal"
     axes.set_title(fit_text(_drawable(title), side, 10), **text_style(10))
     save_figure(figure, path)
 
@@ -210,6 +202,21 @@ def _add_step_axis(axes: Axes, records: Sequence[Record]) -> None:
         top = axes.secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
         top.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         top.set_xlabel("step")
+
+
+def _paint_cells(axes: Axes, values: np.ndarray, cell: float, normalised: bool) -> AxesImage:
+    """Colours the cells of a confusion matrix, `cell` inches wide, rules lines between them and writes their numbers."""
+    maximum = 100.0 if normalised else max(1.0, values.max())
+    shades = colormaps["Blues"](np.linspace(0.15, 1, 255))
+    colours = ListedColormap([(1, 1, 1, 1), *shades]).with_extremes(bad="0.85")  # white is zero and nothing else
+    image = axes.imshow(values, cmap=colours, norm=PowerNorm(0.5, 0, maximum), interpolation="nearest")
+    if cell > 0.1:
+        edges, limits = np.arange(1, len(values)) - 0.5, (-0.5, len(values) - 0.5)
+        axes.vlines(edges, *limits, color="0.8", linewidth=0.4)
+        axes.hlines(edges, *limits, color="0.8", linewidth=0.4)
+        axes.set(xlim=limits, ylim=limits[::-1])
+    _annotate(axes, values, cell, normalised)
+    return image
 
 
 def _annotate(axes: Axes, values: np.ndarray, cell: float, normalised: bool) -> None:

@@ -235,7 +235,10 @@ def test_overview_of_many_classes(figures, normalised):
     confusion = metrics.confusion_matrix(labels // 3, predictions // 3, 334)
     pictures.draw_confusion("unused", confusion, [f"name {i}" for i in range(1001)], "val", normalised, 3)
     texts = check_texts(figures[0])
-    assert figures[0].axes[0].get_title().startswith("val: 4 examples; a cell is 3 x 3 classes")
+    assert figures[0].axes[0].get_title() == (
+        f"val: 4 examples{'; grey: no examples' if normalised else ''}; a cell is 3 x 3 classes, mistakes among them on "
+        "the diagonal"
+    )
     assert not any("name" in text for text in texts)
     assert {"0", "102", "918", "number of the true class", "number of the predicted class"} <= set(texts)
     drawn = figures[0].axes[0].images[0].get_array()
