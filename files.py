@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,9 @@ def write_csv(path: str | os.PathLike[str], header: Sequence[Any], rows: Iterabl
     write_text(path, csv_text([header, *rows]))
 
 
-FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # OWASP, "CSV Injection"; the wide ones count in East Asian settings
+# What a spreadsheet takes for a formula, but numbers such as -1: OWASP, "CSV Injection"; the wide signs count in East
+# Asian settings.
+FORMULA = re.compile(r"(?![+-](\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z)[=+\-@\t\r\n＝＋－＠]", re.ASCII | re.IGNORECASE)
 
 
 def csv_text(rows: Sequence[Sequence[Any]]) -> str:
@@ -63,7 +66,7 @@ def csv_text(rows: Sequence[Sequence[Any]]) -> str:
     the images and classes. Such a cell gets an apostrophe before it, which spreadsheets take for "this is text", unless
     it is a number such as -1. A file name must stay one that opens: pass it through `csv_file_name`.
     """
-    cells = [[f"'{cell}" if _is_formula(cell) else cell for cell in row] for row in rows]
+    cells = [[f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in row] for row in rows]
     # The csv module quotes a cell for the line end that it writes, but a lone carriage return ends a row for readers.
     odd = any("\r" in cell for row in cells for cell in row if isinstance(cell, str))
     text = io.StringIO()
@@ -73,17 +76,7 @@ def csv_text(rows: Sequence[Sequence[Any]]) -> str:
 
 def csv_file_name(name: str) -> str:
     """`name`, with "./" before it where a spreadsheet would run it as a formula: still the name of the same file."""
-    return f"./{name}" if name.startswith(FORMULA_STARTS) else name
-
-
-def _is_formula(cell: Any) -> bool:
-    if not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS):
-        return False
-    try:
-        float(cell)
-    except ValueError:
-        return True
-    return False
+    return f"./{name}" if FORMULA.match(name) else name
 
 
 def _plain(value: Any) -> Any:

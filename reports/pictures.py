@@ -205,7 +205,7 @@ def _add_step_axis(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _paint_cells(axes: Axes, values: np.ndarray, cell: float, normalised: bool) -> AxesImage:
-    """Colours the cells of a confusion matrix, `cell` inches wide, rules lines between them and writes their numbers."""
+    """Colours the cells of a confusion matrix, `cell` inches wide, with lines between them and their numbers."""
     maximum = 100.0 if normalised else max(1.0, values.max())
     shades = colormaps["Blues"](np.linspace(0.15, 1, 255))
     colours = ListedColormap([(1, 1, 1, 1), *shades]).with_extremes(bad="0.85")  # white is zero and nothing else

@@ -236,8 +236,8 @@ def test_overview_of_many_classes(figures, normalised):
     pictures.draw_confusion("unused", confusion, [f"name {i}" for i in range(1001)], "val", normalised, 3)
     texts = check_texts(figures[0])
     assert figures[0].axes[0].get_title() == (
-        f"val: 4 examples{'; grey: no examples' if normalised else ''}; a cell is 3 x 3 classes, mistakes among them on "
-        "the diagonal"
+        f"val: 4 examples{'; grey: no examples' if normalised else ''}; a cell is 3 x 3 classes, mistakes among them "
+        "on the diagonal"
     )
     assert not any("name" in text for text in texts)
     assert {"0", "102", "918", "number of the true class", "number of the predicted class"} <= set(texts)
@@ -248,7 +248,22 @@ def test_overview_of_many_classes(figures, normalised):
 # Formulas
 
 
-FORMULAS = ["=1+1", "+1 cat", "-cat", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1+1", '=cmd|" /C calc"!A0']
+FORMULAS = [
+    "=1+1",
+    "-2+3",
+    "-1\n",
+    "-inf",
+    "+-1",
+    "\t1",
+    "+1 cat",
+    "-cat",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "＝1+1",
+    '=cmd|" /C calc"!A0',
+]
 
 
 def test_csv_cells_are_no_formulas(tmp_path):
@@ -269,7 +284,7 @@ def test_csv_cells_are_no_formulas(tmp_path):
 
 
 def test_csv_keeps_numbers_and_other_text():
-    row = ["-1", "+1e5", "-inf", -1, -0.5, None, "cat=dog", "a-b", "'=x", "1 - 1", ""]
+    row = ["-1", "+1.5e-5", "-.5", -1, -0.5, None, "cat=dog", "a-b", "'=x", "1 - 1", ""]
     assert next(csv.reader([files.csv_text([row])])) == ["" if cell is None else str(cell) for cell in row]
     assert files.csv_file_name("folder/=x.jpg") == "folder/=x.jpg"
 
