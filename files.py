@@ -50,8 +50,17 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_csv(path: str | os.PathLike[str], header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a header and rows as `csv_text` makes them, aside and renamed; text as in `write_text`."""
+    """Writes a header and rows as CSV, aside and renamed; text as in `write_text`, names as they come."""
     write_text(path, csv_text([header, *rows]))
+
+
+def csv_text(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as CSV."""
+    # The csv module quotes a cell for the line end that it writes, but a lone carriage return ends a row for readers.
+    odd = any("\r" in cell for row in rows for cell in row if isinstance(cell, str))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerows(rows)
+    return text.getvalue()
 
 
 # What a spreadsheet takes for a formula, but numbers such as -1: OWASP, "CSV Injection"; the wide signs count in East
@@ -59,23 +68,16 @@ def write_csv(path: str | os.PathLike[str], header: Sequence[Any], rows: Iterabl
 FORMULA = re.compile(r"(?![+-](\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z)[=+\-@\t\r\n＝＋－＠]", re.ASCII | re.IGNORECASE)
 
 
-def csv_text(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows as CSV that a spreadsheet can open safely.
+def defused(cell: Any) -> Any:
+    """A cell of a CSV file that people open: what a spreadsheet would run as a formula gets an apostrophe before it.
 
-    It would run a text that begins with one of = + - @, a tab or a line break as a formula, and anybody may have named
-    the images and classes. Such a cell gets an apostrophe before it, which spreadsheets take for "this is text", unless
-    it is a number such as -1. A file name must stay one that opens: pass it through `csv_file_name`.
+    Anybody may have named the images and classes, and spreadsheets take the apostrophe for "this is text".
     """
-    cells = [[f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in row] for row in rows]
-    # The csv module quotes a cell for the line end that it writes, but a lone carriage return ends a row for readers.
-    odd = any("\r" in cell for row in cells for cell in row if isinstance(cell, str))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerows(cells)
-    return text.getvalue()
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
 
 
-def csv_file_name(name: str) -> str:
-    """`name`, with "./" before it where a spreadsheet would run it as a formula: still the name of the same file."""
+def defused_path(name: str) -> str:
+    """The same for the name of a file, with "./" before it instead: it still names the same file."""
     return f"./{name}" if FORMULA.match(name) else name
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from console import one_line
-from files import csv_file_name, write_csv, write_json, write_text
+from files import defused, defused_path, write_csv, write_json, write_text
 from reports import metrics
 from reports.metrics import Outcomes
 from reports.pictures import MOST_CELLS, draw_confusion, image_grid, picture_names
@@ -164,6 +164,7 @@ def worst_examples(outcomes: Outcomes, count: int) -> tuple[np.ndarray, int]:
 
 
 def _write_confusion(path: Path, class_names: Sequence[str], outcomes: Outcomes) -> None:
+    class_names = [defused(name) for name in class_names]
     if len(class_names) > MANY:
         pairs = metrics.confused_pairs(outcomes.labels, outcomes.predictions).tolist()
         rows = [[class_names[true], class_names[predicted], count] for true, predicted, count in pairs]
@@ -177,8 +178,8 @@ def _write_confusion(path: Path, class_names: Sequence[str], outcomes: Outcomes)
 def _write_predictions(path: Path, class_names: Sequence[str], outcomes: Outcomes, names: Sequence[str]) -> None:
     header = ["image", "true", "predicted", "probability", "probability_true", "correct"]
     columns = (outcomes.labels, outcomes.predictions, outcomes.confidence, outcomes.of_label)
-    rows = []
+    class_names, rows = [defused(name) for name in class_names], []
     for name, true, predicted, confidence, of_label in zip(names, *columns, strict=True):
         shares = f"{confidence:.6f}", f"{of_label:.6f}"
-        rows.append([csv_file_name(name), class_names[true], class_names[predicted], *shares, int(true == predicted)])
+        rows.append([defused_path(name), class_names[true], class_names[predicted], *shares, int(true == predicted)])
     write_csv(path, header, rows)

@@ -1,6 +1,7 @@
 """The numbers in the result files, and pictures whose texts neither leave the figure nor touch each other."""
 
 import csv
+import io
 import json
 import os
 import resource
@@ -22,6 +23,8 @@ from console import UserError
 from reports import metrics, pictures, tables
 from reports.events import SUFFIX, EventWriter
 from reports.results import draw_worst, results_text, worst_examples, write_results
+from tools.compare import render
+from tools.run_summary import RunSummary
 
 pytestmark = pytest.mark.filterwarnings("error")  # a missing glyph is a warning in matplotlib
 ODD_NAMES = ["$x_1$ and $", "日本語", "a\tb\nc", "\udcff.d", "🙂", "x" * 300, "عربى", ""]
@@ -283,10 +286,18 @@ def test_csv_cells_are_no_formulas(tmp_path):
     assert [line["class"] for line in saved["per_class"]] == FORMULAS
 
 
-def test_csv_keeps_numbers_and_other_text():
-    row = ["-1", "+1.5e-5", "-.5", -1, -0.5, None, "cat=dog", "a-b", "'=x", "1 - 1", ""]
-    assert next(csv.reader([files.csv_text([row])])) == ["" if cell is None else str(cell) for cell in row]
-    assert files.csv_file_name("folder/=x.jpg") == "folder/=x.jpg"
+def test_compared_runs_are_no_formulas():
+    runs = [RunSummary("=run", {"note": "@a"}, scores={"epochs done": 1.0}, notes=["-x"]), RunSummary("b", {"note": 1})]
+    rows = list(csv.reader(io.StringIO(render(runs, "csv"))))
+    assert [(row[1], row[2], row[-1]) for row in rows[1:]] == [("'=run", "'@a", "'-x"), ("b", "1", "")]
+
+
+def test_only_formulas_are_defused(tmp_path):
+    cells = ["-1", "+1.5e-5", "-.5", -1, -0.5, None, "cat=dog", "a-b", "'=x", "1 - 1", ""]
+    assert [files.defused(cell) for cell in cells] == cells
+    assert files.defused_path("folder/=x.jpg") == "folder/=x.jpg"
+    files.write_csv(tmp_path / "list.csv", ["path"], [["=x"]])  # a list for programs stays as it is
+    assert read_csv(tmp_path / "list.csv") == [["path"], ["=x"]]
 
 
 # Confusion pictures

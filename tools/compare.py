@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from console import ArgumentParser, UserError, run_script
-from files import csv_text, write_text
+from files import csv_text, defused, write_text
 from reports.tables import markdown_table, table
 from tools.run_summary import BEST, SCORES, RunSummary, read_run
 
@@ -99,7 +99,8 @@ def render(runs: Sequence[RunSummary], format: str) -> str:
         kinds = ["mean", "standard deviation"] * len(groups)
         of_runs = [["run", *cells, note] for cells, note in zip(rows, notes, strict=True)]
         of_groups = [[kind, *cells, ""] for kind, cells in zip(kinds, group_rows, strict=True)]
-        return csv_text([["kind", *header, "note"], *of_runs, *of_groups])
+        lines = [["kind", *header, "note"], *of_runs, *of_groups]
+        return csv_text([[defused(cell) for cell in line] for line in lines])
     draw = markdown_table if format == "markdown" else table
     if any(notes):
         header, rows = [*header, "note"], [[*cells, note] for cells, note in zip(rows, notes, strict=True)]
