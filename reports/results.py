@@ -81,9 +81,9 @@ def results_text(
     lowest F1 are listed.
     """
     names = [f"{i} {one_line(name)}" for i, name in enumerate(class_names)]
-    single = {k.replace("_", " "): v for k, v in scores.items() if not isinstance(v, list | dict) and k != "examples"}
-    if interval := scores["accuracy_95_interval"]:
-        single["accuracy, 95 % interval"] = "{:.4f} to {:.4f}".format(*interval)
+    elsewhere = ("macro", "weighted", "per_class", "examples")
+    single = {k.replace("_", " ").replace("95", "95 %"): v for k, v in scores.items() if k not in elsewhere}
+    single = {k: "{:.4f} to {:.4f}".format(*v) if isinstance(v, list) else v for k, v in single.items()}
     shown = list(range(len(names)))
     title = []
     if len(names) > MANY:

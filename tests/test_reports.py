@@ -124,6 +124,7 @@ def test_write_results_numbers(tmp_path):
     text = "\n".join(lines)
     assert text.index("Confusion") < text.index("0 cat") < text.index("accuracy") < text.index("step: 7")
     assert ["accuracy", "0.6000"] in [line.split() for line in lines]
+    assert "accuracy 95 % interval      0.2307 to 0.8824" in lines  # 3 of 5, by the formula
     assert lines[-1] == "examples: 5"
     width, height = png_size(folder / "confusion-val.png")
     assert 400 < width < 800 and 400 < height < 800  # noqa: PT018
