@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import sys
 import uuid
@@ -118,13 +119,35 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_csv(path: str | os.PathLike[str], header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes a header and rows as CSV, aside and renamed; text as in `write_text`."""
-    lines = [header, *rows]
+    """Writes a header and rows as CSV, aside and renamed; text as in `write_text`, names as they come."""
+    write_text(path, csv_text([header, *rows]))
+
+
+def csv_text(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as CSV."""
     # The csv module quotes a cell for the line end that it writes, but a lone carriage return ends a row for readers.
-    odd = any("\r" in cell for line in lines for cell in line if isinstance(cell, str))
+    odd = any("\r" in cell for row in rows for cell in row if isinstance(cell, str))
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerows(lines)
-    write_text(path, text.getvalue())
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerows(rows)
+    return text.getvalue()
+
+
+# What a spreadsheet takes for a formula, but numbers such as -1: OWASP, "CSV Injection"; the wide signs count in East
+# Asian settings.
+FORMULA = re.compile(r"(?![+-](\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z)[=+\-@\t\r\n＝＋－＠]", re.ASCII | re.IGNORECASE)
+
+
+def defused(cell: Any) -> Any:
+    """A cell of a CSV file that people open: what a spreadsheet would run as a formula gets an apostrophe before it.
+
+    Anybody may have named the images and classes, and spreadsheets take the apostrophe for "this is text".
+    """
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def defused_path(name: str) -> str:
+    """The same for the name of a file, with "./" before it instead: it still names the same file."""
+    return f"./{name}" if FORMULA.match(name) else name
 
 
 def _plain(value: Any) -> Any:

@@ -25,7 +25,7 @@ import data
 import devices
 from dataset import images
 from dataset.walk import summary, walk
-from files import check_writable, write_text
+from files import check_writable, defused, defused_path, write_text
 from reports import metrics
 from run import Run, newest_run
 from training.step import compiled_forward
@@ -97,9 +97,12 @@ def format_prediction(name: str, prediction: Prediction, form: str) -> str:
     if form == "csv":
         text = io.StringIO()
         rows = (
-            [[name, "", "", "", prediction]]
+            [[defused_path(name), "", "", "", defused(prediction)]]
             if isinstance(prediction, str)
-            else [[name, rank, c, f"{p:.6f}", ""] for rank, (c, p) in enumerate(prediction, start=1)]
+            else [
+                [defused_path(name), rank, defused(c), f"{p:.6f}", ""]
+                for rank, (c, p) in enumerate(prediction, start=1)
+            ]
         )
         csv.writer(text, lineterminator="\n").writerows(rows)
         return text.getvalue()

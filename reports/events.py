@@ -6,7 +6,10 @@ step is in them twice and none is missing.
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,35 +17,68 @@ import tensorflow as tf
 from tensorboard.plugins.hparams import api as hparams
 
 from console import UserError, one_line
-from run import Run
+from reports.records import Record, is_record, number, usable_records
+from reports.tables import markdown_table
 
 TAGS = ("loss", "accuracy", "learning_rate", "images_per_second")
+SUFFIX = ".fine-tuning-run"  # marks the event files that this program wrote
 
 
 class EventWriter:
-    """Starts new event files that hold the configuration and everything logged so far."""
+    """Starts new event files in a run directory that hold the settings and everything logged so far.
 
-    def __init__(self, run: Run):
-        self._writers: dict[str, tf.summary.SummaryWriter] = {}
-        for name, folder in (("run", run.path), ("train", run.path / "train"), ("val", run.path / "val")):
-            for file in folder.glob("events.out.tfevents.*"):
-                file.unlink()
-            self._writers[name] = tf.summary.create_file_writer(str(folder))
-        settings = run.config().settings
-        with self._writers["run"].as_default():
-            # The HParams tab finds the scores of train/ and val/ below the folder that holds this record.
-            hparams.hparams({k: v for k, v in settings.items() if isinstance(v, int | float | str)}, run.path.name)
-            rows = [f"| {name} | {json.dumps(value)} |" for name, value in settings.items()]
-            tf.summary.text("config", "\n".join(["| setting | value |", "|---|---|", *rows]), step=0)
-        for record, timing in zip(run.read_lines("metrics.jsonl"), run.read_lines("timing.jsonl"), strict=False):
-            self.scalars({**record, **timing})
+    Event files that this program wrote there before are deleted; those of other programs stay.
 
-    def scalars(self, record: Mapping[str, Any]) -> None:
-        """Adds the values of a log record, {"split": ..., "step": ..., tag: value}."""
+    Args:
+        folder: the run directory.
+        settings: every setting by name, in JSON's types.
+        metrics, timing: the parsed lines of metrics.jsonl and timing.jsonl, joined by split and step; lines that are no
+            records are ignored with a warning.
+        adopt_unmarked: the run is of an earlier version, whose event files have no mark: delete those too.
+
+    Raises UserError where `train` or `val` is a link, or where event files can't be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        metrics: Sequence[Any],
+        timing: Sequence[Any],
+        adopt_unmarked: bool = False,
+    ):
+        folders = {"run": folder, "train": folder / "train", "val": folder / "val"}
+        for name in ("train", "val"):
+            if folders[name].is_symlink():
+                raise UserError(f"{folders[name]} is a link, and event files are not written through one: remove it")
+        suffixes = (SUFFIX, ".v2") if adopt_unmarked else (SUFFIX,)  # ".v2" is TensorFlow's own
+        for path in folders.values():
+            for file in path.glob("events.out.tfevents.*"):
+                if file.name.endswith(suffixes) and not file.is_dir():
+                    file.unlink()
+        with _readable_failures():
+            self._writers: dict[str, tf.summary.SummaryWriter] = {
+                name: tf.summary.create_file_writer(str(path), filename_suffix=SUFFIX) for name, path in folders.items()
+            }
+            with self._writers["run"].as_default():
+                # The HParams tab finds the scores of train/ and val/ below the folder that holds this record.
+                cells = {name: _hparam(value) for name, value in settings.items()}
+                hparams.hparams(cells, folder.resolve().name)
+                rows = [[name, json.dumps(value)] for name, value in settings.items()]
+                tf.summary.text("config", markdown_table(rows, ["setting", "value"]), step=0)
+        odd = sum(not is_record(line) for line in (*metrics, *timing))
+        if odd:
+            print(f"warning: {folder}: ignored {odd} odd lines of metrics.jsonl or timing.jsonl", file=sys.stderr)
+        timing_of = {(record["split"], record["step"]): record for record in usable_records(timing)}
+        for record in usable_records(metrics):
+            self.scalars({**record, **timing_of.get((record["split"], record["step"]), {})})
+
+    def scalars(self, record: Record) -> None:
+        """Adds the values of a log record, {"split": ..., "step": ..., tag: value}, finite numbers only."""
         with _readable_failures(), self._writers[record["split"]].as_default():
             for tag in TAGS:
-                if tag in record:
-                    tf.summary.scalar(tag, record[tag], step=record["step"])
+                if math.isfinite(value := number(record, tag)):
+                    tf.summary.scalar(tag, value, step=record["step"])
 
     def images(self, split: str, tag: str, images: np.ndarray, step: int) -> None:
         """Adds pictures, uint8 [N, H, W, 3]."""
@@ -58,6 +94,13 @@ class EventWriter:
         with _readable_failures():
             for writer in self._writers.values():
                 writer.close()
+
+
+def _hparam(value: Any) -> int | float | str:
+    """A setting in one of the types that the HParams tab shows."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    return value if isinstance(value, int | float | str) else json.dumps(value)
 
 
 @contextlib.contextmanager

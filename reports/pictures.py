@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from files import replace_file
+from reports.records import Record, number, phase_of, usable_records
 
 DPI = 100
+MOST_CELLS = 400  # rows of a confusion picture: with more classes a cell stands for several
 LOG_FROM = 20.0  # losses that differ by such a factor are drawn on a logarithmic scale
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # Okabe and Ito 2008; blue is dark and orange light in grey
 FALLBACK_FONTS = (  # used where installed, for what matplotlib's own DejaVu Sans lacks, which is mainly CJK
@@ -42,46 +45,47 @@ def draw_confusion(
     class_names: Sequence[str],
     split: str,
     normalised: bool = False,
+    classes_per_cell: int = 1,
 ) -> None:
     """Draws a confusion matrix, int [C, C]: counts, or per cent of each row.
+
+    With `classes_per_cell` above 1 it is an overview: a row and a column stand for so many classes that follow each
+    other, as the title says, and the axes carry class numbers (from 0) instead of names.
 
     The colour goes with the square root of the value: one mistake in a hundred is then visible beside a full diagonal.
     Cells carry their numbers where the longest fits: counts of three digits up to C of about 50, per cent at 101 too.
     """
-    count = len(class_names)
+    count = len(confusion)
     support = confusion.sum(axis=1, keepdims=True)  # [C, 1]
     values = np.asarray(confusion, np.float64)
     if normalised:
         values = np.where(support > 0, 100 * values / np.maximum(support, 1), np.nan)
-    side = max(4.0, min(0.42 * count, 10.0), min(0.15 * count, 30.0))  # inches
+    side = max(4.0, min(0.42 * count, 10.0), min(0.15 * count, 30.0) if classes_per_cell == 1 else 0.0)  # inches
     cell, every = side / count, math.ceil(count * 0.13 / side)
-    names = [fit_text(name, 1.9) for name in picture_names(class_names)[::every]]  # those that have room
+    if classes_per_cell == 1:
+        of_class, names = "", [fit_text(name, 1.9) for name in picture_names(class_names[::every], every)]  # with room
+    else:
+        every = math.ceil(count / 10)
+        of_class, names = "number of the ", [str(i * classes_per_cell) for i in range(0, count, every)]
     longest = max(map(_text_inches, names))
-    upright = longest > cell - 0.1
+    upright = longest > cell * every - 0.1
     left, bottom, top, right = longest + 0.5, (longest if upright else 0.15) + 0.5, 0.5, 1.05
     width, height = left + side + right, bottom + side + top
     figure = Figure((width, height), dpi=DPI)
     axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-    maximum = 100.0 if normalised else max(1.0, values.max())
-    shades = colormaps["Blues"](np.linspace(0.15, 1, 255))
-    colours = ListedColormap([(1, 1, 1, 1), *shades]).with_extremes(bad="0.85")  # white is zero and nothing else
-    image = axes.imshow(values, cmap=colours, norm=PowerNorm(0.5, 0, maximum), interpolation="nearest")
+    image = _paint_cells(axes, values, cell, normalised)
     ticks = range(0, count, every)
     axes.set_xticks(ticks, names, rotation=90 if upright else 0, **text_style())
     axes.set_yticks(ticks, names, **text_style())
-    if cell > 0.1:
-        edges, limits = np.arange(1, count) - 0.5, (-0.5, count - 0.5)
-        axes.vlines(edges, *limits, color="0.8", linewidth=0.4)
-        axes.hlines(edges, *limits, color="0.8", linewidth=0.4)
-        axes.set(xlim=limits, ylim=limits[::-1])
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    _annotate(axes, values, cell, normalised)
+    axes.set_xlabel(f"{of_class}predicted class")
+    axes.set_ylabel(f"{of_class}true class")
     bar_axes = figure.add_axes(((left + side + 0.15) / width, bottom / height, 0.18 / width, side / height))
     bar = figure.colorbar(image, cax=bar_axes, ticks=MaxNLocator(6, integer=True))
     bar.set_label(("per cent of the true class" if normalised else "images") + " (square-root colour scale)")
     absent = "; grey: no examples" if normalised and not support.all() else ""
     title = f"{split}: {int(support.sum())} examples{absent}"
+    if classes_per_cell > 1:
+        title += f"; a cell is {classes_per_cell} x {classes_per_cell} classes, mistakes among them on the diagonal"
     axes.set_title(fit_text(_drawable(title), side, 10), **text_style(10))
     save_figure(figure, path)
 
@@ -120,33 +124,30 @@ def image_grid(
     save_figure(figure, path)
 
 
-def draw_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]]) -> None:
+def draw_curves(path: str | os.PathLike[str], lines: Iterable[Any]) -> None:
     """Draws loss, accuracy and learning rate against the epoch from the lines of metrics.jsonl; no records, no file.
 
-    A record is {step, epoch, split: train|val, stage, loss, accuracy, learning_rate}; a figure that is missing, null,
-    NaN or infinite leaves a gap. Of records of the same split and step, as a resumed run may leave, the last counts.
+    A record is {step, epoch, split: train|val, phase, loss, accuracy, learning_rate}; a figure that is missing, null,
+    NaN or infinite leaves a gap. Lines that are no records are ignored.
     """
-    unique = {(record["split"], record["step"]): record for record in records}
-    records = sorted(unique.values(), key=lambda record: int(record["step"]))
+    records = usable_records(lines)
     if not records:
         return
     figure = Figure((8.0, 9.0), dpi=DPI, layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
     styles = {"train": ("training", BLUE, "-", "."), "val": ("validation", ORANGE, "--", "o")}
     for split, (label, colour, line, marker) in styles.items():
-        lines = [record for record in records if record["split"] == split]
-        if not lines:
+        of_split = [record for record in records if record["split"] == split]
+        if not of_split:
             continue
-        few = marker if split == "val" or len(lines) <= 100 else ""  # a single point has no line
+        few = marker if split == "val" or len(of_split) <= 100 else ""  # a single point has no line
         for axes, key in zip(panels[:2], ("loss", "accuracy"), strict=True):
-            axes.plot(_column(lines, "epoch"), _column(lines, key), line, color=colour, marker=few, label=label,
+            axes.plot(_column(of_split, "epoch"), _column(of_split, key), line, color=colour, marker=few, label=label,
                       markersize=5, linewidth=1.4)  # fmt: skip
-    rates = [record for record in records if math.isfinite(_number(record.get("learning_rate")))]
-    for _, group in itertools.groupby(
-        rates, key=lambda record: record.get("phase", record.get("stage"))
-    ):  # no line from stage to stage
-        lines = list(group)
-        panels[2].plot(_column(lines, "epoch"), _column(lines, "learning_rate"), color=GREEN,
+    rates = [record for record in records if math.isfinite(number(record, "learning_rate"))]
+    for _, group in itertools.groupby(rates, key=phase_of):  # no line from phase to phase
+        of_phase = list(group)
+        panels[2].plot(_column(of_phase, "epoch"), _column(of_phase, "learning_rate"), color=GREEN,
                        marker="." if len(rates) <= 100 else "", linewidth=1.4)  # fmt: skip
     for axes, label in zip(panels, ("loss", "accuracy", "learning rate"), strict=True):
         axes.set_ylabel(label)
@@ -159,47 +160,63 @@ def draw_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]])
     for axes in (panels[0], panels[2]):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     panels[2].set_xlabel("epoch")
-    _mark_stages(panels, records)
+    _mark_phases(panels, records)
     _add_step_axis(panels[0], records)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     save_figure(figure, path)
 
 
-def stage_changes(records: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
-    """(epoch, name) of every stage after the first, from records in the order of their steps.
+def phase_changes(records: Sequence[Record]) -> list[tuple[float, str]]:
+    """(epoch, name) of every phase after the first, from records in the order of their steps.
 
-    A stage begins where the one before left its last record, which is its last validation, not one log interval later.
+    A phase begins where the one before left its last record, which is its last validation, not one log interval later.
     """
-    pairs = itertools.pairwise(records)
-    named = [(a, b, *(r.get("phase", r.get("stage")) for r in (a, b))) for a, b in pairs]
-    return [(float(a["epoch"]), str(y)) for a, b, x, y in named if x != y]
+    known = [(number(record, "epoch"), phase_of(record)) for record in records]
+    known = [(epoch, phase) for epoch, phase in known if math.isfinite(epoch) and phase is not None]
+    return [(epoch, str(after)) for (epoch, before), (_, after) in itertools.pairwise(known) if before != after]
 
 
-def _mark_stages(panels: Sequence[Axes], records: Sequence[dict[str, Any]]) -> None:
-    """A red vertical line through every panel where a stage begins, with its name beside it in the first."""
+def _mark_phases(panels: Sequence[Axes], records: Sequence[Record]) -> None:
+    """A red vertical line through every panel where a phase begins, with its name beside it in the first."""
     left, right = panels[0].get_xlim()
-    for epoch, stage in stage_changes(records):
+    for epoch, phase in phase_changes(records):
         for axes in panels:
             axes.axvline(epoch, color="red", linewidth=1.5)
         before = (epoch - left) / (right - left) > 0.6  # keeps the text inside the panel
         panels[0].annotate(
-            fit_text(f"{_drawable(stage)} begins", 3.0), (epoch, 0.97), (-5 if before else 5, 0),
+            fit_text(f"{_drawable(phase)} begins", 3.0), (epoch, 0.97), (-5 if before else 5, 0),
             xycoords=("data", "axes fraction"), textcoords="offset points", color="red",
             horizontalalignment="right" if before else "left", verticalalignment="top",
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}, **text_style(9),
         )  # fmt: skip
 
 
-def _add_step_axis(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
+def _add_step_axis(axes: Axes, records: Sequence[Record]) -> None:
     """Steps along the top, where every record agrees on the number of steps in an epoch."""
     steps, epochs = _column(records, "step"), _column(records, "epoch")
-    if not epochs.max() > 0 or not steps.max() > 0:
+    steps, epochs = steps[np.isfinite(epochs)], epochs[np.isfinite(epochs)]
+    if not epochs.size or not epochs.max() > 0 or not steps.max() > 0:
         return
     rate = steps.max() / epochs.max()
     if np.allclose(steps, epochs * rate, atol=max(1.0, 0.002 * steps.max())):
         top = axes.secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
         top.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         top.set_xlabel("step")
+
+
+def _paint_cells(axes: Axes, values: np.ndarray, cell: float, normalised: bool) -> AxesImage:
+    """Colours the cells of a confusion matrix, `cell` inches wide, with lines between them and their numbers."""
+    maximum = 100.0 if normalised else max(1.0, values.max())
+    shades = colormaps["Blues"](np.linspace(0.15, 1, 255))
+    colours = ListedColormap([(1, 1, 1, 1), *shades]).with_extremes(bad="0.85")  # white is zero and nothing else
+    image = axes.imshow(values, cmap=colours, norm=PowerNorm(0.5, 0, maximum), interpolation="nearest")
+    if cell > 0.1:
+        edges, limits = np.arange(1, len(values)) - 0.5, (-0.5, len(values) - 0.5)
+        axes.vlines(edges, *limits, color="0.8", linewidth=0.4)
+        axes.hlines(edges, *limits, color="0.8", linewidth=0.4)
+        axes.set(xlim=limits, ylim=limits[::-1])
+    _annotate(axes, values, cell, normalised)
+    return image
 
 
 def _annotate(axes: Axes, values: np.ndarray, cell: float, normalised: bool) -> None:
@@ -225,10 +242,13 @@ def _percent(value: float) -> str:
     return "<1" if 0 < value < 0.5 else ">99" if 99.5 <= value < 100 else f"{value:.0f}"
 
 
-def picture_names(class_names: Sequence[str]) -> list[str]:
-    """Class names as pictures show them: what no font can draw is a box, and the class number then tells them apart."""
+def picture_names(class_names: Sequence[str], every: int = 1) -> list[str]:
+    """Names of the classes 0, every, 2 every, ... as pictures show them.
+
+    What no font can draw is a box, and the class number then tells them apart.
+    """
     drawn = [_drawable(name) for name in class_names]
-    return [f"{i} {d}" if d.count("□") > n.count("□") else d
+    return [f"{i * every} {d}" if d.count("□") > n.count("□") else d
             for i, (d, n) in enumerate(zip(drawn, class_names, strict=True))]  # fmt: skip
 
 
@@ -283,10 +303,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         FigureCanvasAgg(figure).print_png(aside, metadata={"Software": None})
 
 
-def _column(records: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+def _column(records: Sequence[Record], key: str) -> np.ndarray:
     """float64 [len(records)], NaN for what is missing or not finite."""
-    return np.array([_number(record.get(key)) for record in records], np.float64)
-
-
-def _number(value: Any) -> float:
-    return float(value) if value is not None and math.isfinite(value) else math.nan
+    return np.array([number(record, key) for record in records], np.float64)

@@ -45,8 +45,9 @@ def format_cell(value: Any) -> str:
 
 def text_width(text: str) -> int:
     """The number of terminal cells that `text` takes."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
+    composed = unicodedata.normalize("NFC", text)  # Korean letters that follow each other share two cells
+    marks = sum(unicodedata.category(c) in ("Mn", "Me") for c in composed)
+    return len(composed) + sum(unicodedata.east_asian_width(c) in "WF" for c in composed) - marks
 
 
 def _cells(row: Sequence[Any], count: int) -> list[str]:

@@ -2,10 +2,12 @@
 
 import json
 import math
+import tracemalloc
 import warnings
 
 import numpy as np
 import pytest
+import scipy.stats  # type: ignore[import-untyped]
 import sklearn.metrics
 
 from reports import metrics
@@ -23,8 +25,7 @@ def random_case(seed):
 
 
 def scores_of(names, labels, probabilities):
-    confusion = metrics.confusion_matrix(labels, probabilities.argmax(axis=1), len(names))
-    return metrics.scores(confusion, probabilities, labels, names)
+    return metrics.scores(metrics.outcomes(probabilities, labels), names)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -32,7 +33,7 @@ def test_scores_agree_with_scikit_learn(seed):
     names, labels, probabilities = random_case(seed)
     classes, predictions = range(len(names)), probabilities.argmax(axis=1)
     confusion = metrics.confusion_matrix(labels, predictions, len(names))
-    ours = metrics.scores(confusion, probabilities, labels, names)
+    ours = scores_of(names, labels, probabilities)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn's remarks on absent classes
         sk = sklearn.metrics
@@ -79,7 +80,9 @@ def test_confusion_matrix_has_true_rows_and_predicted_columns():
 
 def test_precision_counts_the_whole_column():
     """Published code took a triangle of the matrix; with mistakes on both sides of the diagonal that differs."""
-    per_class = metrics.per_class_scores(np.array([[5, 1, 2], [3, 4, 1], [2, 2, 6]]))
+    confusion = np.array([[5, 1, 2], [3, 4, 1], [2, 2, 6]])
+    labels, predictions = np.repeat(np.argwhere(confusion), confusion.ravel(), axis=0).T
+    per_class = metrics.per_class_scores(labels, predictions, 3)
     assert per_class["precision"] == pytest.approx([5 / 10, 4 / 7, 6 / 9])
     assert per_class["recall"] == pytest.approx([5 / 8, 4 / 8, 6 / 10])
     assert per_class["f1"] == pytest.approx([10 / 18, 8 / 15, 12 / 19])
@@ -162,14 +165,13 @@ def test_one_wrong_example_has_a_kappa():
 def test_no_example():
     scores = scores_of(["a", "b"], np.zeros(0, np.int64), np.zeros((0, 2)))
     nulls = {name for name, value in scores.items() if value is None}
-    assert nulls == {"accuracy", "top_5_accuracy", "log_loss", "cohen_kappa", "balanced_accuracy",
-                     "expected_calibration_error"}  # fmt: skip
+    assert nulls == {"accuracy", "accuracy_95_interval", "top_5_accuracy", "log_loss", "cohen_kappa",
+                     "balanced_accuracy", "expected_calibration_error"}  # fmt: skip
     assert scores["macro"] == scores["weighted"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
 
 
 def test_mistaken_arguments_are_refused():
     probabilities, labels = np.full((2, 2), 0.5), np.array([0, 1])
-    confusion = np.eye(2, dtype=np.int64)
     with pytest.raises(ValueError, match="outside the 2 classes"):
         metrics.confusion_matrix(np.array([0, -1]), labels, 2)
     with pytest.raises(ValueError, match="outside the 2 classes"):
@@ -179,8 +181,86 @@ def test_mistaken_arguments_are_refused():
     with pytest.raises(ValueError, match="expected 2 integer labels"):
         metrics.top_k_accuracy(probabilities, np.array([[0], [1]]), 1)  # would broadcast
     with pytest.raises(ValueError, match="were logits passed"):
-        metrics.scores(confusion, probabilities * 7, labels, ["a", "b"])
-    with pytest.raises(ValueError, match="3 names"):
-        metrics.scores(confusion, probabilities, labels, ["a", "b", "c"])
-    with pytest.raises(ValueError, match="counts 4 examples"):
-        metrics.scores(2 * confusion, probabilities, labels, ["a", "b"])
+        metrics.outcomes(probabilities * 7, labels)
+    with pytest.raises(ValueError, match="were logits passed"):
+        metrics.outcomes(probabilities - 1, labels)
+    with pytest.raises(ValueError, match="3 names for 2 classes"):
+        scores_of(["a", "b", "c"], labels, probabilities)
+    with pytest.raises(ValueError, match="expected 4 integer labels"):
+        metrics.outcomes([probabilities, np.full((4, 2), 0.5)], np.array([0, 1, 1]))
+    with pytest.raises(ValueError, match="2 labels, 1 rows"):
+        metrics.outcomes([probabilities[:1]], labels)
+    with pytest.raises(ValueError, match=r"2 rows of \[2, 3\] classes"):
+        metrics.outcomes([probabilities[:1], np.full((1, 3), 0.3)], labels)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_of_rows_score_as_the_whole(seed):
+    names, labels, probabilities = random_case(seed)
+    for rows in (1, 7, len(labels)):
+        blocks = (probabilities[start : start + rows] for start in range(0, len(labels), rows))
+        assert scores_of(names, labels, blocks) == scores_of(names, labels, probabilities)
+
+
+def test_slices_of_large_arrays_score_as_the_whole():
+    """More than one slice of rows: 1,000 x 3,000 values are three of them."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(1000, 3000)).astype(np.float32), rng.integers(0, 3000, 1000)
+    expected = -metrics.log_softmax(logits)[np.arange(1000), labels].mean()
+    assert metrics.log_loss(logits, labels) == pytest.approx(expected)
+    top = np.argsort(-logits, axis=1, kind="stable")[:, :600]
+    assert metrics.top_k_accuracy(logits, labels, 600) == (top == labels[:, None]).any(axis=1).mean()
+    scores = scores_of([str(i) for i in range(3000)], labels, metrics.softmax(logits).astype(np.float32))
+    assert scores["log_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_10_000_classes_make_no_dense_matrix():
+    """Neither of the probabilities, which come in blocks, nor of the counts."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 10_000, 1000)
+    predictions = np.where(rng.random(1000) < 0.5, labels, rng.integers(0, 10_000, 1000))
+
+    def blocks():
+        for rows in np.split(predictions, 20):
+            block = np.zeros((50, 10_000), np.float32)
+            block[np.arange(50), rows] = 1
+            yield block
+
+    tracemalloc.start()
+    outcomes = metrics.outcomes(blocks(), labels)
+    scores = metrics.scores(outcomes, [str(i) for i in range(10_000)])
+    pairs = metrics.confused_pairs(outcomes.labels, outcomes.predictions)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6  # bytes; the probabilities are 40 MB, a matrix of counts 800 MB
+    assert scores["accuracy"] == np.mean(labels == predictions)
+    assert scores["macro"]["f1"] == pytest.approx(
+        sklearn.metrics.f1_score(labels, predictions, labels=range(10_000), average="macro", zero_division=0)
+    )
+    assert scores["cohen_kappa"] == pytest.approx(sklearn.metrics.cohen_kappa_score(labels, predictions))
+    assert pairs[:, 2].sum() == 1000
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_confused_pairs_are_the_matrix(seed):
+    names, labels, probabilities = random_case(seed)
+    predictions = probabilities.argmax(axis=1)
+    matrix = sklearn.metrics.confusion_matrix(labels, predictions, labels=range(len(names)))
+    true, predicted = np.nonzero(matrix)
+    expected = np.column_stack([true, predicted, matrix[true, predicted]])
+    assert metrics.confused_pairs(labels, predictions).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 10), (3, 10), (50, 100), (999, 1000), (7, 50_000)])
+def test_wilson_interval_agrees_with_scipy(correct, total):
+    expected = scipy.stats.binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    z = scipy.stats.norm.ppf(0.975)
+    assert metrics.wilson_interval(correct, total, z) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert metrics.wilson_interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_wilson_interval_without_examples_and_in_the_scores():
+    assert np.isnan(metrics.wilson_interval(0, 0)).all()
+    scores = scores_of(["a", "b"], np.array([0, 1]), np.array([[0.9, 0.1], [0.8, 0.2]]))
+    # (1/2 + z²/4 ± z sqrt(1/8 + z²/16)) / (1 + z²/2) with z = 1.96, by hand
+    assert scores["accuracy_95_interval"] == pytest.approx([0.09453, 0.90547], abs=1e-5)

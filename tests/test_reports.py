@@ -1,18 +1,30 @@
 """The numbers in the result files, and pictures whose texts neither leave the figure nor touch each other."""
 
 import csv
+import io
 import json
 import os
+import resource
+import signal
 import threading
+import unicodedata
+from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorflow.core.util import event_pb2
 
 import files
+from console import UserError
 from reports import metrics, pictures, tables
+from reports.events import SUFFIX, EventWriter
 from reports.results import draw_worst, results_text, worst_examples, write_results
+from tools.compare import render
+from tools.run_summary import RunSummary
 
 pytestmark = pytest.mark.filterwarnings("error")  # a missing glyph is a warning in matplotlib
 ODD_NAMES = ["$x_1$ and $", "日本語", "a\tb\nc", "\udcff.d", "🙂", "x" * 300, "عربى", ""]
@@ -112,6 +124,7 @@ def test_write_results_numbers(tmp_path):
     text = "\n".join(lines)
     assert text.index("Confusion") < text.index("0 cat") < text.index("accuracy") < text.index("step: 7")
     assert ["accuracy", "0.6000"] in [line.split() for line in lines]
+    assert "accuracy 95 % interval      0.2307 to 0.8824" in lines  # 3 of 5, by the formula
     assert lines[-1] == "examples: 5"
     width, height = png_size(folder / "confusion-val.png")
     assert 400 < width < 800 and 400 < height < 800  # noqa: PT018
@@ -122,8 +135,8 @@ def test_write_results_numbers(tmp_path):
 def test_text_of_many_classes_numbers_its_columns():
     labels, probabilities, _ = example(30, 1)
     confusion = metrics.confusion_matrix(labels, probabilities.argmax(axis=1), 30)
-    names = [f"class_{i}" for i in range(30)]
-    lines = results_text(confusion, names, metrics.scores(confusion, probabilities, labels, names)).splitlines()
+    names, outcomes = [f"class_{i}" for i in range(30)], metrics.outcomes(probabilities, labels)
+    lines = results_text(outcomes, names, metrics.scores(outcomes, names)).splitlines()
     assert "numbered as the rows are" in lines[0]
     assert lines[2].split() == [str(i) for i in range(30)]
     assert [int(cell) for cell in lines[4 + 12].split()[2:]] == confusion[12].tolist()
@@ -152,6 +165,140 @@ def test_write_results_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="at least one example"):
         write_results(tmp_path, "val", list("abc"), labels[:0], probabilities[:0], [])
     assert not list(tmp_path.iterdir())
+
+
+# Many classes
+
+
+def many_classes(class_count=1000, mistakes=((7, 3), (7, 3), (7, 3), (7, 9), (0, 999))):
+    """(labels, probabilities, names of images): two right examples of each even class, and the mistakes."""
+    right = np.repeat(np.arange(0, class_count, 2), 2)
+    true, predicted = np.concatenate([np.column_stack([right, right]), mistakes]).T
+    probabilities = np.zeros((len(true), class_count), np.float32)
+    probabilities[np.arange(len(true)), predicted] = 1
+    return true, probabilities, [f"{i}.jpg" for i in range(len(true))]
+
+
+def test_many_classes_give_a_short_text_and_the_pairs_that_occur(tmp_path):
+    labels, probabilities, names = many_classes()
+    classes = [f"class {i}" for i in range(1000)]
+    results = write_results(tmp_path, "val", classes, labels, probabilities, names)
+    assert len(results["per_class"]) == 1000
+    text = (tmp_path / "results-val.txt").read_text("utf-8")
+    lines = text.splitlines()
+    assert len(text) < 5000
+    assert lines[0].startswith("The 3 most confused of 3 confused pairs")
+    assert [line.split("  ")[-1].strip() for line in lines[4:7]] == ["0.7500", "0.3333", "0.2500"]
+    assert [line.split()[:7] for line in lines[4:7]] == [
+        ["7", "class", "7", "3", "class", "3", "3"],
+        ["0", "class", "0", "999", "class", "999", "1"],
+        ["7", "class", "7", "9", "class", "9", "1"],
+    ]
+    assert lines[lines.index("The 30 lowest F1 of the 501 classes that occur, of 1000") + 4].split()[:6] == [
+        "7", "class", "7", "0.0000", "0.0000", "0.0000",
+    ]  # fmt: skip
+    assert lines[-1] == "examples: 1005"
+    rows = read_csv(tmp_path / "confusion-val.csv")
+    assert rows[:3] == [["true", "predicted", "count"], ["class 0", "class 0", "2"], ["class 0", "class 999", "1"]]
+    matrix = np.zeros((1000, 1000), np.int64)
+    for true, predicted, count in rows[1:]:
+        matrix[classes.index(true), classes.index(predicted)] = count
+    assert np.array_equal(matrix, metrics.confusion_matrix(labels, probabilities.argmax(axis=1), 1000))
+    assert png_size(tmp_path / "confusion-val.png") < (1400, 1400)
+
+
+@pytest.mark.parametrize("class_count", [50, 51])
+def test_the_header_of_the_confusion_csv_says_what_it_is(tmp_path, class_count):
+    labels, probabilities, names = many_classes(class_count, [(1, 2)])
+    write_results(tmp_path, "val", list(map(str, range(class_count))), labels, probabilities, names)
+    header = read_csv(tmp_path / "confusion-val.csv")[0]
+    assert header == (
+        ["true", "predicted", "count"] if class_count == 51 else ["true \\ predicted", *map(str, range(50))]
+    )
+
+
+def test_many_classes_without_a_mistake(tmp_path):
+    labels, probabilities, _ = many_classes(60, [(1, 1)])
+    outcomes, classes = metrics.outcomes(probabilities, labels), list(map(str, range(60)))
+    assert results_text(outcomes, classes, metrics.scores(outcomes, classes)).startswith("No class is confused")
+
+
+def test_results_of_blocks_are_those_of_the_whole(tmp_path):
+    labels, probabilities, names = example(7, 5)
+    whole = write_results(tmp_path / "a", "val", list("abcdefg"), labels, probabilities, names)
+    blocks = write_results(tmp_path / "b", "val", list("abcdefg"), labels, np.array_split(probabilities, 4), names)
+    assert whole == blocks
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_overview_of_many_classes(figures, normalised):
+    """1,001 classes in cells of three: the last cell holds two."""
+    labels, predictions = np.array([0, 5, 5, 1000]), np.array([2, 0, 4, 3])
+    confusion = metrics.confusion_matrix(labels // 3, predictions // 3, 334)
+    pictures.draw_confusion("unused", confusion, [f"name {i}" for i in range(1001)], "val", normalised, 3)
+    texts = check_texts(figures[0])
+    assert figures[0].axes[0].get_title() == (
+        f"val: 4 examples{'; grey: no examples' if normalised else ''}; a cell is 3 x 3 classes, mistakes among them "
+        "on the diagonal"
+    )
+    assert not any("name" in text for text in texts)
+    assert {"0", "102", "918", "number of the true class", "number of the predicted class"} <= set(texts)
+    drawn = figures[0].axes[0].images[0].get_array()
+    assert (drawn[0, 0], drawn[1, 0], drawn[1, 1], drawn[333, 1]) == ((100, 50, 50, 100) if normalised else (1,) * 4)
+
+
+# Formulas
+
+
+FORMULAS = [
+    "=1+1",
+    "-2+3",
+    "-1\n",
+    "-inf",
+    "+-1",
+    "\t1",
+    "+1 cat",
+    "-cat",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "＝1+1",
+    '=cmd|" /C calc"!A0',
+]
+
+
+def test_csv_cells_are_no_formulas(tmp_path):
+    """Class names get an apostrophe; a file name still names its file."""
+    labels, probabilities, _ = example(len(FORMULAS), 1)
+    for name in FORMULAS:
+        (tmp_path / name.replace("/", "_")).touch()
+    names = [name.replace("/", "_") for name in FORMULAS]
+    write_results(tmp_path / "run", "val", FORMULAS, labels, probabilities, names)
+    for name in ("predictions-val.csv", "confusion-val.csv"):
+        cells = [cell for row in read_csv(tmp_path / "run" / name) for cell in row]
+        assert not [cell for cell in cells if cell.startswith(tuple("=+-@\t\r\n＝＋－＠"))]
+    rows = read_csv(tmp_path / "run/predictions-val.csv")[1:]
+    assert [row[1] for row in rows] == ["'" + name for name in FORMULAS]
+    assert all((tmp_path / row[0]).samefile(tmp_path / name) for row, name in zip(rows, names, strict=True))
+    saved = json.loads((tmp_path / "run/results-val.json").read_text("utf-8"))
+    assert [line["class"] for line in saved["per_class"]] == FORMULAS
+
+
+def test_compared_runs_are_no_formulas():
+    runs = [RunSummary("=run", {"note": "@a"}, scores={"epochs done": 1.0}, notes=["-x"]), RunSummary("b", {"note": 1})]
+    rows = list(csv.reader(io.StringIO(render(runs, "csv"))))
+    assert [(row[1], row[2], row[-1]) for row in rows[1:]] == [("'=run", "'@a", "'-x"), ("b", "1", "")]
+
+
+def test_only_formulas_are_defused(tmp_path):
+    cells = ["-1", "+1.5e-5", "-.5", -1, -0.5, None, "cat=dog", "a-b", "'=x", "1 - 1", ""]
+    assert [files.defused(cell) for cell in cells] == cells
+    assert files.defused_path("folder/=x.jpg") == "folder/=x.jpg"
+    files.write_csv(tmp_path / "list.csv", ["path"], [["=x"]])  # a list for programs stays as it is
+    assert read_csv(tmp_path / "list.csv") == [["path"], ["=x"]]
 
 
 # Confusion pictures
@@ -208,9 +355,10 @@ def test_absent_classes_are_grey_and_no_division_by_zero(figures):
 def test_worst_mistakes_come_with_the_most_confident_first(figures):
     labels = np.array([0, 1, 0, 1])
     probabilities = np.array([[0.4, 0.6], [0.9, 0.1], [0.7, 0.3], [0.6, 0.4]])
-    chosen, mistakes = worst_examples(labels, probabilities, 2)
+    outcomes = metrics.outcomes(probabilities, labels)
+    chosen, mistakes = worst_examples(outcomes, 2)
     assert (chosen.tolist(), mistakes) == ([1, 0], 3)
-    draw_worst("unused", "val", ["cat", "dog"], labels, probabilities, list("abcd"), read_image, 2)
+    draw_worst("unused", "val", ["cat", "dog"], outcomes, list("abcd"), read_image, 2)
     assert check_texts(figures[0]) == [
         "val: the 2 most confident of 3 mistakes in 4 examples",
         "true: dog", "predicted: cat", "probability 0.900 (true class 0.100)", "b",
@@ -219,8 +367,8 @@ def test_worst_mistakes_come_with_the_most_confident_first(figures):
 
 
 def test_without_mistakes_the_least_confident_are_shown(figures):
-    labels, probabilities = np.array([0, 1]), np.array([[0.9, 0.1], [0.4, 0.6]])
-    draw_worst("unused", "val", ["cat", "dog"], labels, probabilities, ["a", "b"], read_image, 1)
+    outcomes = metrics.outcomes(np.array([[0.9, 0.1], [0.4, 0.6]]), np.array([0, 1]))
+    draw_worst("unused", "val", ["cat", "dog"], outcomes, ["a", "b"], read_image, 1)
     texts = check_texts(figures[0])
     assert texts[0] == "val: no mistakes in 2 examples; the 1 least confident right answers"
     assert texts[1:] == ["true: dog", "predicted: dog", "probability 0.600", "b"]
@@ -300,6 +448,45 @@ def test_curves_leave_a_gap_for_nan(figures):
     assert np.isnan(figures[0].axes[0].lines[0].get_ydata()).tolist() == [False, True, False]
 
 
+ODD_LINES = [
+    3, None, "text", [1], {}, {"split": "val"}, {"step": 5}, {"split": "test", "step": 1},
+    {"split": "val", "step": "1"}, {"split": "val", "step": None}, {"split": "val", "step": True},
+    {"split": ["val"], "step": 1}, {"split": "val", "step": -1}, {"split": "val", "step": 2**70},
+    {"split": "val", "step": 1.5},
+]  # fmt: skip
+ODD_RECORDS = [
+    {"step": 61, "split": "train"},
+    {"step": 62, "split": "train", "epoch": "6", "phase": 3, "loss": "nan", "accuracy": [], "learning_rate": {}},
+    {"step": 63, "split": "val", "epoch": None, "phase": None, "loss": 10**400, "accuracy": True},
+    {"step": 64, "split": "val", "epoch": float("inf"), "phase": [], "loss": 1e308, "accuracy": -1e308},
+]
+
+
+def test_curves_ignore_what_is_no_record(figures):
+    records = records_of(range(5, 61, 5), change_after=30)
+    pictures.draw_curves("unused", records)
+    pictures.draw_curves("unused", [*ODD_LINES, *records, *ODD_LINES])
+    pictures.draw_curves("unused", [*ODD_RECORDS, *ODD_LINES, *records])
+    clean, with_lines, with_records = figures
+    assert check_texts(with_lines) == check_texts(clean)
+    for axes, expected in zip(with_records.axes, clean.axes, strict=True):
+        for line, expected_line in zip(axes.lines, expected.lines, strict=True):
+            points = np.array([line.get_xdata(), line.get_ydata()], np.float64)
+            whole = np.isfinite(points).all(axis=0)  # the odd ones are gaps
+            assert points[:, whole] == pytest.approx(np.array([expected_line.get_xdata(), expected_line.get_ydata()]))
+    pictures.draw_curves("unused", ODD_RECORDS)
+    check_texts(figures[3])
+
+
+def test_phases_go_by_either_name(figures):
+    """Earlier versions wrote "stage"; a record without a phase changes nothing."""
+    lines = [
+        {"step": step, "split": "val", "epoch": step / 10, "loss": 1.0, **phase}
+        for step, phase in [(10, {"stage": "head"}), (20, {}), (30, {"stage": "head"}), (40, {"phase": "conv5"})]
+    ]
+    assert pictures.phase_changes(lines) == [(3.0, "conv5")]
+
+
 def test_threads_may_draw(tmp_path):
     errors = []
 
@@ -318,6 +505,105 @@ def test_threads_may_draw(tmp_path):
     assert len({(tmp_path / f"{i}.png").read_bytes() for i in range(4)}) == 1  # same picture, same bytes
 
 
+# Event files
+
+SETTINGS = {"seed": 3, "dropout": 0.5, "augment": ["flip", "color"], "stages": [], "note": "a|b", "limit": None}
+
+
+def read_events(folder):
+    """{tag: [(step, value)]} of all event files in a folder, and the settings in the HParams tab."""
+    values: dict[str, list] = {}
+    settings: dict[str, Any] = {}
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        for record in tf.data.TFRecordDataset(str(file)):
+            event = event_pb2.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                values.setdefault(value.tag, []).append((event.step, tf.make_ndarray(value.tensor).tolist()))
+                if value.metadata.plugin_data.plugin_name == "hparams":
+                    data = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+                    settings |= data.session_start_info.hparams
+    return values, settings
+
+
+def close_events(folder, metrics=(), timing=(), **keywords):
+    writer = EventWriter(folder, SETTINGS, metrics, timing, **keywords)
+    writer.close()
+
+
+def test_events_join_the_logs_by_split_and_step(tmp_path, capsys):
+    """timing.jsonl may be shorter or in another order; lines that are no records are counted and ignored."""
+    metrics = [{"step": s, "split": p, "loss": s + (p == "val") / 2} for s in (5, 10) for p in ("train", "val")]
+    timing = [
+        {"step": s, "split": p, "images_per_second": s * 10.0} for s, p in [(10, "val"), (10, "train"), (99, "val")]
+    ]
+    close_events(tmp_path, [*ODD_LINES, *metrics[::-1]], [*timing, *ODD_LINES])
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}: ignored {2 * len(ODD_LINES)} odd lines of metrics.jsonl or timing.jsonl\n"
+    )
+    assert read_events(tmp_path / "train")[0] == {"loss": [(5, 5), (10, 10)], "images_per_second": [(10, 100)]}
+    assert read_events(tmp_path / "val")[0] == {"loss": [(5, 5.5), (10, 10.5)], "images_per_second": [(10, 100)]}
+    close_events(tmp_path, ODD_RECORDS)
+    assert capsys.readouterr().err == ""
+    assert read_events(tmp_path / "train")[0] == {}
+
+
+def test_every_setting_is_in_the_hparams_tab(tmp_path):
+    close_events(tmp_path)
+    values, settings = read_events(tmp_path)
+    assert settings["augment"].string_value == "flip color"
+    assert settings["stages"].string_value == "none"
+    assert settings["seed"].number_value == 3
+    assert set(settings) == set(SETTINGS)
+    [(_, text)] = values["config"]
+    assert '| note | "a\\|b" |' in text.decode().splitlines()
+
+
+def test_only_event_files_of_our_own_are_replaced(tmp_path):
+    for folder in (tmp_path, tmp_path / "train", tmp_path / "val"):
+        folder.mkdir(exist_ok=True)
+        for name in ("events.out.tfevents.1.host.2.0", "events.out.tfevents.1.host.2.3.v2", "events.txt"):
+            (folder / name).write_text("another program's")
+        (folder / f"events.out.tfevents.folder{SUFFIX}").mkdir()
+    for _ in range(2):
+        close_events(tmp_path)
+    for folder in (tmp_path, tmp_path / "train", tmp_path / "val"):
+        ours = [file for file in folder.glob(f"*{SUFFIX}") if file.is_file()]
+        assert len(ours) == 1
+        assert [file.read_text() for file in folder.iterdir() if file.is_file() and file not in ours] == [
+            "another program's"
+        ] * 3
+    close_events(tmp_path, adopt_unmarked=True)
+    assert not list(tmp_path.rglob("*.v2"))  # TensorFlow's own mark, which earlier versions left
+    assert (tmp_path / "val/events.out.tfevents.1.host.2.0").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_events_are_not_written_through_a_link(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / f"events.out.tfevents.1{SUFFIX}").touch()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=f"{name} is a link"):
+        close_events(tmp_path / "run")
+    assert len(list((tmp_path / "other").iterdir())) == 1
+
+
+def test_events_that_cannot_be_written_are_a_user_error(tmp_path):
+    (tmp_path / "val").write_text("no folder")
+    with pytest.raises(UserError, match="the event files can't be written"):
+        close_events(tmp_path)
+    (tmp_path / "val").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(UserError, match="the event files can't be written"):
+            close_events(tmp_path, [{"step": s, "split": "train", "loss": 1.0} for s in range(100)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
 # Tables and files
 
 
@@ -331,6 +617,22 @@ def test_table_aligns():
         "a\\nb   3",
     ]
     assert tables.table([], ["a", "bc"]) == "a  bc\n-  --"
+
+
+@pytest.mark.parametrize(
+    ("text", "cells"),  # of a terminal, as wcwidth counts them
+    [
+        ("日本", 4),
+        ("한국어", 6),
+        (unicodedata.normalize("NFD", "한국어"), 6),
+        ("e\u0301", 1),
+        ("ไทยที่", 4),
+        ("🙂", 2),
+        ("ｱﾊﾟ", 3),
+    ],
+)
+def test_width_of_text(text, cells):
+    assert tables.text_width(text) == cells
 
 
 def test_markdown_table():

@@ -5,8 +5,6 @@ the checkpoint of the highest validation accuracy, and the loss is that checkpoi
 Seconds are those of training, validation included; images/s is the median of what training logged.
 """
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from console import ArgumentParser, UserError, run_script
-from files import write_text
+from files import csv_text, defused, write_text
 from reports.tables import markdown_table, table
 from tools.run_summary import BEST, SCORES, RunSummary, read_run
 
@@ -98,13 +96,11 @@ def render(runs: Sequence[RunSummary], format: str) -> str:
     groups = sorted(map(summaries, seed_groups(runs)), key=lambda pair: -pair[0].scores[BEST])
     group_rows = [row(run) for pair in groups for run in pair]
     if exact:
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["kind", *header, "note"])
-        writer.writerows(["run", *cells, note] for cells, note in zip(rows, notes, strict=True))
         kinds = ["mean", "standard deviation"] * len(groups)
-        writer.writerows([kind, *cells, ""] for kind, cells in zip(kinds, group_rows, strict=True))
-        return out.getvalue()
+        of_runs = [["run", *cells, note] for cells, note in zip(rows, notes, strict=True)]
+        of_groups = [[kind, *cells, ""] for kind, cells in zip(kinds, group_rows, strict=True)]
+        lines = [["kind", *header, "note"], *of_runs, *of_groups]
+        return csv_text([[defused(cell) for cell in line] for line in lines])
     draw = markdown_table if format == "markdown" else table
     if any(notes):
         header, rows = [*header, "note"], [[*cells, note] for cells, note in zip(rows, notes, strict=True)]

@@ -26,7 +26,7 @@ from reports.results import write_results
 from run import Run, RunConfig
 from training import features, plan
 from training.settings import Settings
-from training.step import compiled_forward, predict
+from training.step import compiled_forward
 
 EVALUATION_BATCH = 32
 
@@ -132,15 +132,21 @@ def write_scores(
 ) -> dict[str, Any]:
     """Scores `network` on `examples`, whose `batches` enter `input_stage`; writes every result file of the split."""
     watched = stop.watch(batches, len(examples), f"evaluating {split}", size=lambda batch: len(batch[0]))
-    logits = predict(compiled_forward(network, input_stage), watched)
-    if not np.isfinite(logits).all():
-        raise UserError(f"{split}: the outputs of the network are not finite numbers: train again with a lower rate")
+    forward = compiled_forward(network, input_stage)
+
+    def probabilities() -> Iterator[np.ndarray]:  # a batch at a time: of many classes all of them take gigabytes
+        for x, *_ in watched:
+            logits = forward(x).numpy()
+            if not np.isfinite(logits).all():
+                raise UserError(f"{split}: the network's outputs are not finite numbers: train with a lower rate")
+            yield metrics.softmax(logits)
+
     return write_results(
         folder,
         split,
         config.class_names,
         examples.labels,
-        metrics.softmax(logits),
+        probabilities(),
         [os.path.relpath(path, root) for path in examples.paths],
         {"data": root},
         read_image=lambda name: images.read_image(os.path.join(root, name)),

@@ -51,7 +51,9 @@ class Log:
         timing = run.read_lines("timing.jsonl")
         seconds = timing[-1].get("seconds", 0.0) if timing else 0.0
         self._begin = time.monotonic() - seconds
-        self.events = EventWriter(run)
+        config = run.config()
+        metrics = run.read_lines("metrics.jsonl")
+        self.events = EventWriter(run.path, config.settings, metrics, timing, adopt_unmarked=config.format < 2)
         self._draws = Pacer()
         self.restart_clock(0)
 
