@@ -27,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", rf"error:::{package}\..*")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def threads() -> None:
+    """Gives TensorFlow the threads that the scripts give it: a run in this process has the bits of a script's run."""
+    import devices
+
+    devices.use_threads(devices.default_threads())
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data sets beside the project, `../shared/data`, or wherever VGG_SHARED_DATA points."""
