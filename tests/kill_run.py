@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -57,7 +57,7 @@ def make_data(folder: Path, counts: dict[str, int]) -> Path:
 # -- the process that is killed --------------------------------------------------------------------------------------
 
 
-def train_with_marks(arguments: list[str]) -> int:
+def train_with_marks(arguments: list[str]) -> NoReturn:
     """train.py in this process, saying in a file what it is doing and lingering where a kill would do most harm.
 
     The project's functions are wrapped, not changed: each does what it does, after and before a short sleep.
@@ -69,7 +69,7 @@ def train_with_marks(arguments: list[str]) -> int:
     import tensorflow as tf
 
     import run
-    from console import exit_status
+    from console import run_script
     from training import features, loop, session
 
     marker = os.open(os.environ[MARKER], os.O_WRONLY | os.O_CREAT)
@@ -128,7 +128,7 @@ def train_with_marks(arguments: list[str]) -> int:
     wrap(features, "fill", "caching")
     wrap(vars(features)["_Rows"], "append", sleep=0.05)
     sys.argv = ["train.py", *arguments]
-    return exit_status(train.main)
+    run_script(train.main)
 
 
 # -- killing ---------------------------------------------------------------------------------------------------------
@@ -368,5 +368,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
-        sys.exit(train_with_marks(sys.argv[2:]))
+        train_with_marks(sys.argv[2:])
     sys.exit(main())
