@@ -1,13 +1,21 @@
-"""What the tests share: a quiet TensorFlow, the real images, and the scripts run as a user runs them."""
+"""What the tests share: a quiet TensorFlow, the real images, the scripts run as a user runs them, and their files read.
 
+Test modules import the functions as `from tests.conftest import call`.
+"""
+
+import csv
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+
+from console import exit_status
 
 # Before any test module imports TensorFlow or matplotlib.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -29,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def threads() -> None:
-    """The number of threads decides how sums are rounded: runs in this process and in scripts shall agree."""
+    """Gives TensorFlow the threads that the scripts give it: a run in this process has the bits of a script's run."""
     import devices
 
     devices.use_threads(devices.default_threads())
@@ -73,3 +81,44 @@ def run_script() -> RunScript:
         )
 
     return run
+
+
+TINY = [
+    *("--network", "small", "--pretrained", "none", "--image-size", "32"),
+    *("--batch-size", "8", "--precision", "float32"),
+]
+
+
+def call(module: ModuleType, *arguments: object) -> int:
+    """Runs a script's `main` in this process, as its last line does, and returns the exit status."""
+    old, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, arguments)]
+    try:
+        return exit_status(module.main)
+    finally:
+        sys.argv = old
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV by its header."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def event_values(folder: Path) -> Iterator[tuple[str, str, int, np.ndarray]]:
+    """(plugin, tag, step, value) of the event files in a folder."""
+    import tensorflow as tf
+
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        for record in tf.data.TFRecordDataset(str(file)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                yield value.metadata.plugin_data.plugin_name, value.tag, event.step, tf.make_ndarray(value.tensor)
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """{tag: (step, value) pairs} of the event files in a folder."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for plugin, tag, step, value in event_values(folder):
+        if plugin == "scalars":
+            found.setdefault(tag, []).append((step, float(value)))
+    return found

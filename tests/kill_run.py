@@ -16,11 +16,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -57,7 +57,7 @@ def make_data(folder: Path, counts: dict[str, int]) -> Path:
 # -- the process that is killed --------------------------------------------------------------------------------------
 
 
-def train_with_marks(arguments: list[str]) -> int:
+def train_with_marks(arguments: list[str]) -> NoReturn:
     """train.py in this process, saying in a file what it is doing and lingering where a kill would do most harm.
 
     The project's functions are wrapped, not changed: each does what it does, after and before a short sleep.
@@ -69,8 +69,8 @@ def train_with_marks(arguments: list[str]) -> int:
     import tensorflow as tf
 
     import run
-    from console import exit_status
-    from training import features, loop
+    from console import run_script
+    from training import features, loop, session
 
     marker = os.open(os.environ[MARKER], os.O_WRONLY | os.O_CREAT)
     places = ["start"]
@@ -111,32 +111,24 @@ def train_with_marks(arguments: list[str]) -> int:
 
         setattr(owner, name, wrapped)
 
-    def slowly(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-        """`function(a, b, each)`, where each batch takes at least so long."""
-
-        def wrapped(*args: Any) -> Any:
-            *others, each = args
-
-            def slow_each(count: int) -> None:
-                time.sleep(seconds)
-                each(count)
-
-            return function(*others, slow_each)
-
-        return wrapped
+    def slowly(batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            time.sleep(0.01)
+            yield batch
 
     mark()
-    then_mark(loop.Fit, "open_logs", "training")
-    then_mark(loop.Fit, "finish", "results")
+    then_mark(session, "Log", "training")
+    then_mark(run.Run, "load_best", "results")
     wrap(run.Run, "save", "checkpoint")
     wrap(tf.raw_ops, "SaveV2", sleep=0.02)
     wrap(run, "write_text", sleep=0.01)
-    vars(loop)["predict"] = slowly(vars(loop)["predict"], 0.01)
-    wrap(loop.Fit, "_validate", "validation")
-    setattr(features.Cache, "fill", slowly(features.Cache.fill, 0.05))  # noqa: B010
-    wrap(features.Cache, "fill", "caching")
+    predict = vars(loop)["predict"]
+    setattr(loop, "predict", lambda forward, batches: predict(forward, slowly(batches)))  # noqa: B010
+    wrap(loop.Loop, "_validate", "validation")
+    wrap(features, "fill", "caching")
+    wrap(vars(features)["_Rows"], "append", sleep=0.05)
     sys.argv = ["train.py", *arguments]
-    return exit_status(train.main)
+    run_script(train.main)
 
 
 # -- killing ---------------------------------------------------------------------------------------------------------
@@ -321,7 +313,8 @@ def compare(one: Path, other: Path) -> list[str]:
             a, b = np.asarray(first[name]), np.asarray(second[name])
             if a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes():
                 differences.append(f"{kind}: tensor {name}")
-    for name in ("metrics.jsonl", "results-val.json", "predictions-val.csv", "confusion-val.csv", "classes.txt"):
+    for name in ("metrics.jsonl", "results-val.json", "predictions-val.csv", "confusion-val.csv", "classes.txt",
+                 "images.csv"):  # fmt: skip
         if (one / name).read_bytes() != (other / name).read_bytes():
             differences.append(name)
     lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -375,5 +368,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
-        sys.exit(train_with_marks(sys.argv[2:]))
+        train_with_marks(sys.argv[2:])
     sys.exit(main())

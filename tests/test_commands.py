@@ -1,10 +1,7 @@
 """The contract of the commands: what they leave, what they print, and one line and status 2 for a user's mistake."""
 
-import csv
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,30 +13,8 @@ from PIL import Image
 import evaluate
 import inference
 import train
-from console import exit_status
 from run import Run
-
-TINY = [
-    "--network",
-    "small",
-    "--pretrained",
-    "none",
-    "--image-size",
-    "32",
-    "--batch-size",
-    "8",
-    "--precision",
-    "float32",
-]
-
-
-def call(module: ModuleType, *arguments: object) -> int:
-    """Runs a script's `main` in this process, as its last line does, and returns the exit status."""
-    old, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, arguments)]
-    try:
-        return exit_status(module.main)
-    finally:
-        sys.argv = old
+from tests.conftest import TINY, call, rows_of, scalars
 
 
 @pytest.fixture(scope="module")
@@ -48,30 +23,6 @@ def trained(sample_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     run = tmp_path_factory.mktemp("trained") / "run"
     assert call(train, sample_images, "--run", run, "--epochs", 2, *TINY) == 0
     return run
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV by its header."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def event_values(folder: Path) -> Iterator[tuple[str, str, int, np.ndarray]]:
-    """(plugin, tag, step, value) of the event files in a folder."""
-    for file in sorted(folder.glob("events.out.tfevents.*")):
-        for record in tf.data.TFRecordDataset(str(file)):
-            event = tf.compat.v1.Event.FromString(record.numpy())
-            for value in event.summary.value:
-                yield value.metadata.plugin_data.plugin_name, value.tag, event.step, tf.make_ndarray(value.tensor)
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """{tag: (step, value) pairs} of the event files in a folder."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for plugin, tag, step, value in event_values(folder):
-        if plugin == "scalars":
-            found.setdefault(tag, []).append((step, float(value)))
-    return found
 
 
 def test_run_directory_holds_what_the_contract_names(trained: Path) -> None:
@@ -127,18 +78,22 @@ def test_evaluate_scores_a_split_and_another_data_set_by_class_name(
 ) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(trained, run)
-    before = json.loads((run / "results-val.json").read_text())["accuracy"]
     assert call(evaluate, "--run", run, "--split", "train") == 0
     assert json.loads((run / "results-train.json").read_text())["examples"] == 36
     for split in ("train", "val"):  # a few of the classes, so that their positions differ
         for name in ("coffee", "retina"):
             shutil.copytree(sample_images / split / name, other / split / name)
-    assert call(evaluate, "--run", run, "--data", other) == 0
-    results = json.loads((run / "results-val.json").read_text())
+    own = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert call(evaluate, "--run", run, "--data", other, "--split", "val") == 0
+    (folder,) = (run / "evaluations").iterdir()
+    results = json.loads((folder / "results-val.json").read_text())
     assert results["examples"] == 4
     known = [row for row in rows_of(trained / "predictions-val.csv") if row["true"] in ("coffee", "retina")]
     assert results["accuracy"] == pytest.approx(np.mean([row["correct"] in ("1", "True", "true") for row in known]))
-    assert before == json.loads((trained / "results-val.json").read_text())["accuracy"]
+    assert call(evaluate, "--run", run, "--data", other) == 0  # all that it holds
+    (file,) = (run / "evaluations").glob("*/results-all.json")
+    assert json.loads(file.read_text())["examples"] == 4 + 6
+    assert {file: file.read_bytes() for file in own} == own, "the run's own results stay"
     (other / "train" / "coffee").rename(other / "train" / "tea")
     (other / "val" / "coffee").rename(other / "val" / "tea")
     capfd.readouterr()
@@ -200,13 +155,13 @@ def test_fine_tuning_a_run_on_other_classes_restores_all_but_the_last_layer(
             shutil.copytree(sample_images / split / name, data / split / name)
     arguments = [*TINY, "--pretrained", trained, "--epochs", 1, "--run", tmp_path / "run"]
     assert call(train, data, *arguments, "--train-from", "head", "--cache-dir", tmp_path / "cache") == 0
-    report = Run(tmp_path / "run").config()["pretrained"]
-    assert len(report["restored"]) == 10
-    assert [name for name, _ in report["new"]] == ["small/gap/weights", "small/gap/biases"]
+    report = Run(tmp_path / "run").config().pretrained
+    assert len(report.restored) == 10
+    assert [name for name, _ in report.new] == ["small/gap/weights", "small/gap/biases"]
     old, new = Run(trained).load("best"), Run(tmp_path / "run").load("best")
     assert old is not None
     assert new is not None
-    for name in report["restored"]:  # frozen: still those of the first run
+    for name in report.restored:  # frozen: still those of the first run
         np.testing.assert_array_equal(new[0][name], old[0][name])
 
 

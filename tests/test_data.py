@@ -16,7 +16,7 @@ import tensorflow as tf
 from PIL import Image
 
 import data
-from data import CENTRAL_VIEW, MEAN_RGB, Preprocessing, preprocess
+from data import CENTRAL_VIEW, MEAN_RGB, Order, Preprocessing, preprocess
 from dataset import images
 from dataset.layouts import Examples
 
@@ -70,10 +70,10 @@ def number_loader(positions: tf.data.Dataset, batch_size: int) -> tf.data.Datase
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def stream(examples: Examples, spec: Preprocessing, first: int, last: int, views: int = 0) -> list[Batch]:
+def stream(examples: Examples, spec: Preprocessing, first: int, end: int, views: int = 0) -> list[Batch]:
     load = data.image_loader(examples, spec, SEED)
-    batches = data.train_batches(load, examples.labels, BATCH, SEED, first, last, views)
-    return list(batches.as_numpy_iterator())
+    order = Order(len(examples), BATCH, SEED, views)
+    return list(data.train_batches(load, examples.labels, order, first, end).as_numpy_iterator())
 
 
 def equal_batches(left: list[Batch], right: list[Batch]) -> bool:
@@ -124,6 +124,14 @@ def test_mean_of_imagenet_is_subtracted_in_rgb_order() -> None:
     result = preprocess(tf.constant(image), Preprocessing(32))
     assert result.dtype == tf.float32
     assert np.allclose(result, expected, atol=1e-4)
+
+
+def test_mean_and_deviation_of_the_network_are_applied_channel_by_channel_and_undone_in_a_picture() -> None:
+    image = photograph(32, 32)
+    spec = Preprocessing(32, crop_margin=0, mean_rgb=(10.0, 20.0, 30.0), std_rgb=(2.0, 4.0, 0.5))
+    x = preprocess(tf.constant(image), spec).numpy()
+    assert np.allclose(x, (image.astype(np.float64) - [10, 20, 30]) / [2, 4, 0.5], rtol=1e-5, atol=1e-3)
+    assert np.array_equal(data.to_picture(x, spec), image)
 
 
 def test_area_resize_by_a_whole_number_is_the_block_mean() -> None:
@@ -282,7 +290,7 @@ def test_color_keeps_values_in_range_and_grey_grey() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 1000])
 def test_every_epoch_is_a_permutation(count: int) -> None:
     for epoch in range(3):
-        positions = data.train_positions(count, SEED, tf.constant(epoch, tf.int64), tf.constant(0, tf.int64))
+        positions = Order(count, BATCH, SEED).positions(tf.constant(epoch, tf.int64), tf.constant(0, tf.int64))
         found = [(int(index), int(view)) for index, view in positions.as_numpy_iterator()]
         assert sorted(index for index, _ in found) == list(range(count))
         assert {view for _, view in found} == {epoch}
@@ -290,12 +298,12 @@ def test_every_epoch_is_a_permutation(count: int) -> None:
 
 def epoch_orders(count: int, seed: int, epochs: list[int], take: int | None = None) -> list[tuple[int, ...]]:
     """The examples of each epoch, or its first `take`, in their order."""
-    start = tf.constant(0, tf.int64)
+    start, order = tf.constant(0, tf.int64), Order(count, BATCH, seed)
 
-    def order(epoch: tf.Tensor) -> tf.data.Dataset:
-        return data.train_positions(count, seed, epoch, start).map(lambda index, view: index).take(take or count)
+    def of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+        return order.positions(epoch, start).map(lambda index, view: index).take(take or count)
 
-    orders = tf.data.Dataset.from_tensor_slices(np.array(epochs, np.int64)).flat_map(order).batch(take or count)
+    orders = tf.data.Dataset.from_tensor_slices(np.array(epochs, np.int64)).flat_map(of_epoch).batch(take or count)
     return [tuple(row.tolist()) for row in orders.as_numpy_iterator()]
 
 
@@ -317,7 +325,7 @@ def test_every_example_comes_first_about_equally_often() -> None:
 
 
 def test_the_last_batch_of_an_epoch_is_short_and_epochs_do_not_mix() -> None:
-    batches = data.train_batches(number_loader, np.arange(COUNT) % 3, BATCH, SEED, 0, 9)
+    batches = data.train_batches(number_loader, np.arange(COUNT) % 3, Order(COUNT, BATCH, SEED), 0, 9)
     found = list(batches.as_numpy_iterator())
     assert [len(labels) for _, labels, _ in found] == [4, 4, 3] * 3
     for epoch in range(3):
@@ -331,18 +339,22 @@ def test_the_last_batch_of_an_epoch_is_short_and_epochs_do_not_mix() -> None:
 
 
 def test_with_cached_views_the_view_is_the_epochs_remainder() -> None:
-    batches = data.train_batches(number_loader, np.zeros(COUNT), BATCH, SEED, 0, 15, views=2)
+    batches = data.train_batches(number_loader, np.zeros(COUNT), Order(COUNT, BATCH, SEED, views=2), 0, 15)
     views = [int(x[0, 1]) for x, _, _ in batches.as_numpy_iterator()]
     assert views == [0] * 3 + [1] * 3 + [0] * 3 + [1] * 3 + [0] * 3
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(11, 4), (12, 4), (3, 8), (5, 1), (1, 1)])
 def test_indices_of_a_step_are_those_of_the_stream(count: int, batch_size: int) -> None:
-    steps = data.steps_per_epoch(count, batch_size)
-    assert steps == math.ceil(count / batch_size)
-    batches = data.train_batches(number_loader, np.zeros(count), batch_size, SEED, 0, 3 * steps)
+    order = Order(count, batch_size, SEED)
+    assert order.epoch_steps == math.ceil(count / batch_size)
+    batches = data.train_batches(number_loader, np.zeros(count), order, 0, 3 * order.epoch_steps)
+    seen = 0
     for step, (_, _, indices) in enumerate(batches.as_numpy_iterator()):
-        assert data.indices_of_step(count, batch_size, SEED, step) == indices.tolist()
+        assert order.indices(step) == indices.tolist()
+        assert order.images_before(step) == seen
+        seen += len(indices)
+    assert order.images_before(3 * order.epoch_steps) == seen == 3 * count
 
 
 def test_ordered_batches_visit_every_example_once_in_order_the_short_batch_included() -> None:
@@ -361,7 +373,7 @@ def test_a_stream_started_anywhere_is_the_tail_of_the_whole_stream(examples: Exa
     whole = stream(examples, spec, 0, 9)
     for first in (1, 3, 4, 8, 9):  # 3 begins an epoch, 9 is the end
         assert equal_batches(stream(examples, spec, first, 9), whole[first:]), first
-    assert equal_batches(stream(examples, spec, 4, 6), whole[4:6])
+    assert equal_batches(stream(examples, spec, 4, 6), whole[4:6])  # 6 ends an epoch
 
 
 def test_views_repeat_in_a_stream_of_two_views(examples: Examples) -> None:
@@ -381,7 +393,7 @@ def test_every_epoch_sees_other_crops_and_every_example_its_own(tmp_path: Path) 
     Image.fromarray(coordinates(200, 200)).save(path)
     same_file = Examples((str(path),) * 6, np.zeros(6, np.int64))
     load = data.image_loader(same_file, Preprocessing(image_size=32, crop_margin=84), SEED)
-    batches = data.train_batches(load, same_file.labels, 6, SEED, 0, 5)
+    batches = data.train_batches(load, same_file.labels, Order(6, 6, SEED), 0, 5)
     corners = [tuple(crop[0, 0, :2].tolist()) for x, _, _ in batches.as_numpy_iterator() for crop in x]
     assert len(set(corners)) == 30
 

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,32 +13,40 @@ import tensorflow as tf
 
 import data
 import model as model_module
-from console import UserError
+import train
+from console import Stopped, StopSignals, UserError
+from dataset import layouts
+from dataset.contents import fingerprints
 from dataset.layouts import Examples
 from model import Network
-from run import Run
+from run import Phase, Run, new_network
+from tests import kill_run
+from tests.conftest import TINY, call
 from training import features, plan, session
-from training.features import BATCH_SIZE, DISK_RESERVE, VIEW_SEED, Cache, check_disk
+from training.evaluation import readable_failures
+from training.features import CHECKSUM_BYTES, DISK_RESERVE, VIEW_SEED, Cache, DamagedCache, check_disk, fill
 from training.settings import Settings
-from training.step import Phase
+from training.step import Trainer, decay_over
 
 CENTRAL, VIEWS = [data.CENTRAL_VIEW], [0, 1]
+CHANNELS = ((4,), (6,), (6,), (8,), (8,))  # of the tiny network
 COUNT = 70  # two whole batches of rows and a short one
+ROW = 8 * 2 + CHECKSUM_BYTES  # bytes of what enters the gap head: eight numbers of float16
 SPEC = data.Preprocessing(image_size=32)
 
 
 @pytest.fixture(autouse=True)
 def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model_module.NETWORKS, "tiny", ((4,), (6,), (6,), (8,), (8,)))
+    monkeypatch.setitem(model_module.NETWORKS, "tiny", CHANNELS)
 
 
 @pytest.fixture
 def examples(tmp_path: Path) -> Examples:
-    """Files that are only looked at from outside: `noise_loader` needs no content."""
+    """Files of different content, which is hashed and never decoded: `NoiseLoader` makes the images."""
     (tmp_path / "images").mkdir()
     paths = [tmp_path / "images" / f"{n}.jpg" for n in range(COUNT)]
-    for path in paths:
-        path.touch()
+    for number, path in enumerate(paths):
+        path.write_text(f"image {number:02}")
     return Examples(tuple(map(str, paths)), np.arange(COUNT) % 3)
 
 
@@ -59,13 +69,42 @@ def build(head: str = "gap", dtype: tf.DType = tf.float32, seed: int = 0, classe
     return Network("tiny", head, classes, 32, dtype, seed)
 
 
-def ignore(rows: int) -> None:
-    """A progress callback."""
+def make_cache(
+    model: Network,
+    stage: str,
+    examples: Examples,
+    views: list[int],
+    root: Path,
+    spec: data.Preprocessing = SPEC,
+) -> Cache:
+    return Cache(model, stage, examples, fingerprints(examples.paths, {}, 2), spec, views, str(root))
 
 
-def filled(cache: Cache, source: data.Load | None = None, source_stage: str = "conv1") -> Cache:
-    cache.fill(source or NoiseLoader(), source_stage, ignore)
+def filled(cache: Cache, source: data.Load | None = None) -> Cache:
+    fill([cache], source or NoiseLoader(), StopSignals())
     return cache
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows shown as done, all rows) of each progress bar that has ended."""
+    ended: list[tuple[int, int]] = []
+
+    class Bar:
+        def __init__(self, total: int, initial: int, description: str):
+            self.done, self.total = initial, total
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            ended.append((self.done, self.total))
+
+        def update(self, count: int) -> None:
+            self.done += count
+
+    monkeypatch.setattr(features, "progress_bar", Bar)
+    return ended
 
 
 def positions(pairs: list[tuple[int, int]]) -> tf.data.Dataset:
@@ -94,7 +133,7 @@ def test_cached_activations_equal_the_uncached_forward(
 ) -> None:
     model = build(dtype=dtype)
     pairs = [(69, 0), (3, 1), (0, 0), (32, 1), (3, 0), (64, 1)]
-    cached = load(filled(Cache(model, stage, examples, SPEC, VIEWS, str(tmp_path))).loader(), pairs)
+    cached = load(filled(make_cache(model, stage, examples, VIEWS, tmp_path)).loader(), pairs)
     images = load(NoiseLoader(), pairs)
     below = model.stages[model.stages.index(stage) - 1]
     expected = model.forward(tf.constant(images), last=below).numpy().astype(np.float32)
@@ -108,27 +147,29 @@ def test_cached_activations_equal_the_uncached_forward(
 
 
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
-def test_a_later_stage_computed_from_a_cached_earlier_one_equals_the_direct_way(
-    tmp_path: Path, examples: Examples, dtype: tf.DType
+@pytest.mark.parametrize("already_there", [{}, {"conv5": 64}, {"gap": 32, "conv3": 70}])
+def test_stages_filled_in_one_pass_equal_each_filled_alone(
+    tmp_path: Path, examples: Examples, dtype: tf.DType, already_there: dict[str, int]
 ) -> None:
-    model = build(dtype=dtype)
-    pairs = [(index, view) for view in VIEWS for index in range(COUNT)]
-    direct = filled(Cache(model, "gap", examples, SPEC, VIEWS, str(tmp_path / "direct")))
-    conv5 = filled(Cache(model, "conv5", examples, SPEC, VIEWS, str(tmp_path / "chain")))
-    images = NoiseLoader()
-    chained = filled(Cache(model, "gap", examples, SPEC, VIEWS, str(tmp_path / "chain")), conv5.loader(), "conv5")
-    assert not images.asked
-    left, right = load(direct.loader(), pairs), load(chained.loader(), pairs)
-    if dtype == tf.bfloat16:
-        assert np.array_equal(left, right)
-    else:
-        assert np.abs(left - right).max() < 2e-3 * left.max()
+    model, stages = build(dtype=dtype), ["conv3", "conv5", "gap"]
+    alone = {stage: filled(make_cache(model, stage, examples, VIEWS, tmp_path / "alone")) for stage in stages}
+    together = [make_cache(model, stage, examples, VIEWS, tmp_path / "together") for stage in stages]
+    for cache in together:  # rows that an interrupted computation left
+        whole, rows = (alone[cache.stage].folder / "view-0.bin").read_bytes(), already_there.get(cache.stage, 0)
+        cache.folder.mkdir(parents=True)
+        name = "view-0.bin" if rows == COUNT else "view-0.partial"
+        (cache.folder / name).write_bytes(whole[: rows * len(whole) // COUNT])
+    source = NoiseLoader()
+    fill(together, source, StopSignals())
+    assert source.asked == [(index, view) for view in VIEWS for index in range(COUNT)], "one pass over each view"
+    for cache in together:
+        assert files_of(cache) == files_of(alone[cache.stage]), cache.stage
 
 
 def test_activations_beyond_float16_are_kept_at_its_largest_number(tmp_path: Path, examples: Examples) -> None:
     model = build()
     model.variables_by_name["tiny/conv5/conv5_1/biases"].assign(np.full(8, 1e6))
-    rows = load(filled(Cache(model, "gap", examples, SPEC, CENTRAL, str(tmp_path))).loader(), [(0, -1), (69, -1)])
+    rows = load(filled(make_cache(model, "gap", examples, CENTRAL, tmp_path)).loader(), [(0, -1), (69, -1)])
     assert (rows == np.finfo(np.float16).max).all()
 
 
@@ -136,30 +177,30 @@ def test_activations_beyond_float16_are_kept_at_its_largest_number(tmp_path: Pat
 
 
 def test_a_filled_cache_is_reused_and_its_rows_take_the_bytes_that_were_announced(
-    tmp_path: Path, examples: Examples
+    tmp_path: Path, examples: Examples, bars: list[tuple[int, int]]
 ) -> None:
-    cache = Cache(build(), "conv5", examples, SPEC, VIEWS, str(tmp_path))
+    cache = make_cache(build(), "conv5", examples, VIEWS, tmp_path)
+    row = 2 * 2 * 8 * 2 + CHECKSUM_BYTES
     assert cache.missing_rows() == 2 * COUNT
-    assert cache.missing_bytes() == 2 * COUNT * 2 * 2 * 8 * 2
+    assert cache.missing_bytes() == 2 * COUNT * row
     source = NoiseLoader()
-    rows: list[int] = []
-    cache.fill(source, "conv1", rows.append)
-    assert sum(rows) == 2 * COUNT
+    filled(cache, source)
+    assert bars == [(COUNT, COUNT)] * 2
     assert sorted(source.asked) == sorted((index, view) for index in range(COUNT) for view in VIEWS)
     files = files_of(cache)
     assert sorted(files) == ["cache.json", "view-0.bin", "view-1.bin"]
-    assert len(files["view-0.bin"]) + len(files["view-1.bin"]) == 2 * COUNT * 2 * 2 * 8 * 2
-    again = Cache(build(seed=0), "conv5", examples, SPEC, VIEWS, str(tmp_path))
+    assert len(files["view-0.bin"]) + len(files["view-1.bin"]) == 2 * COUNT * row
+    again = make_cache(build(seed=0), "conv5", examples, VIEWS, tmp_path)
     unused = NoiseLoader()
-    again.fill(unused, "conv1", ignore)
+    filled(again, unused)
     assert again.missing_rows() == again.missing_bytes() == 0
     assert not unused.asked
     assert files_of(again) == files
 
 
 def test_more_views_compute_the_new_ones_only(tmp_path: Path, examples: Examples) -> None:
-    filled(Cache(build(), "gap", examples, SPEC, [0], str(tmp_path)))
-    more = Cache(build(), "gap", examples, SPEC, [0, 1, 2], str(tmp_path))
+    filled(make_cache(build(), "gap", examples, [0], tmp_path))
+    more = make_cache(build(), "gap", examples, [0, 1, 2], tmp_path)
     assert more.missing_rows() == 2 * COUNT
     source = NoiseLoader()
     filled(more, source)
@@ -170,39 +211,112 @@ def test_more_views_compute_the_new_ones_only(tmp_path: Path, examples: Examples
     ("rows_left", "odd_bytes", "first"), [(0, 7, 0), (20, 1, 0), (32, 0, 32), (50, 13, 32), (64, 5, 64), (69, 15, 64)]
 )
 def test_a_truncated_partial_file_is_completed_to_the_same_bytes(
-    tmp_path: Path, examples: Examples, rows_left: int, odd_bytes: int, first: int
+    tmp_path: Path, examples: Examples, bars: list[tuple[int, int]], rows_left: int, odd_bytes: int, first: int
 ) -> None:
-    cache = filled(Cache(build(), "gap", examples, SPEC, CENTRAL, str(tmp_path)))
+    cache = filled(make_cache(build(), "gap", examples, CENTRAL, tmp_path))
     whole = files_of(cache)
-    row_bytes = len(whole["central.bin"]) // COUNT
-    assert row_bytes == 16
+    assert len(whole["central.bin"]) == COUNT * ROW
     (cache.folder / "central.bin").unlink()
-    (cache.folder / "central.partial").write_bytes(whole["central.bin"][: rows_left * row_bytes + odd_bytes])
+    (cache.folder / "central.partial").write_bytes(whole["central.bin"][: rows_left * ROW + odd_bytes])
     source = NoiseLoader()
-    rows: list[int] = []
-    cache.fill(source, "conv1", rows.append)
+    bars.clear()
+    filled(cache, source)
     assert files_of(cache) == whole
     assert [index for index, _ in source.asked] == list(range(first, COUNT))
-    assert sum(rows) == COUNT  # the rows that were there count as progress
+    assert bars == [(COUNT, COUNT)]  # the rows that were there count as progress
+
+
+class StopAfter(StopSignals):
+    """A signal that arrives before the `count`-th check."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self._left = count
+
+    def check(self) -> None:
+        self._left -= 1
+        if not self._left:
+            raise Stopped(signal.SIGINT)
 
 
 def test_an_interrupted_computation_keeps_its_rows(tmp_path: Path, examples: Examples) -> None:
-    whole = files_of(filled(Cache(build(), "conv5", examples, SPEC, VIEWS, str(tmp_path / "whole"))))
-    cache = Cache(build(), "conv5", examples, SPEC, VIEWS, str(tmp_path / "stopped"))
-    done = 0
-
-    def stop_in_view_1(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if done == COUNT + 2 * BATCH_SIZE:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cache.fill(NoiseLoader(), "conv1", stop_in_view_1)
+    whole = files_of(filled(make_cache(build(), "conv5", examples, VIEWS, tmp_path / "whole")))
+    cache = make_cache(build(), "conv5", examples, VIEWS, tmp_path / "stopped")
+    with pytest.raises(Stopped):
+        fill([cache], NoiseLoader(), StopAfter(3 + 2))  # batches
     assert cache.missing_rows() == COUNT
     source = NoiseLoader()
     filled(cache, source)
-    assert source.asked == [(index, 1) for index in range(2 * BATCH_SIZE, COUNT)]
+    assert source.asked == [(index, 1) for index in range(2 * features.BATCH_SIZE, COUNT)]
+    assert files_of(cache) == whole
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path, place: int = -1) -> None:
+    """Changes one bit of a file, by default in its middle."""
+    contents = bytearray(file.read_bytes())
+    contents[place if place >= 0 else len(contents) // 2] ^= 16
+    file.write_bytes(contents)
+
+
+def shorten(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def fill_with_zeros(file: Path) -> None:
+    """As a power cut can leave a file: of the right length."""
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("place", [0, 7, ROW - CHECKSUM_BYTES - 1, ROW - CHECKSUM_BYTES, ROW - 1])
+def test_a_flipped_bit_in_a_row_or_its_checksum_is_found_when_that_row_is_read(
+    tmp_path: Path, examples: Examples, place: int
+) -> None:
+    cache = filled(make_cache(build(), "gap", examples, CENTRAL, tmp_path))
+    others = [(index, data.CENTRAL_VIEW) for index in range(COUNT) if index != 5]
+    expected = load(cache.loader(), others)
+    flip(cache.file(data.CENTRAL_VIEW), 5 * ROW + place)
+    assert cache.is_filled(data.CENTRAL_VIEW)
+    assert np.array_equal(load(cache.loader(), others), expected)
+    with pytest.raises(DamagedCache, match=r"central\.bin: damaged cached activations; delete") as caught:
+        read_row(cache.loader(), 5)
+    assert caught.value.path == str(cache.file(data.CENTRAL_VIEW))
+
+
+def read_row(loader: data.Load, index: int) -> None:
+    with readable_failures():
+        load(loader, [(index, data.CENTRAL_VIEW)])
+
+
+@pytest.mark.parametrize("damage", [shorten, empty, fill_with_zeros])
+def test_a_file_that_is_damaged_while_it_is_open_is_found_when_it_is_read(
+    tmp_path: Path, examples: Examples, damage: Callable[[Path], None]
+) -> None:
+    cache = filled(make_cache(build(), "gap", examples, CENTRAL, tmp_path))
+    loader = cache.loader()
+    damage(cache.file(data.CENTRAL_VIEW))
+    with pytest.raises(DamagedCache):
+        read_row(loader, COUNT - 1)
+
+
+@pytest.mark.parametrize("damage", [shorten, empty])
+def test_a_file_of_another_size_is_computed_again(
+    tmp_path: Path, examples: Examples, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = filled(make_cache(build(), "gap", examples, VIEWS, tmp_path))
+    whole = files_of(cache)
+    damage(cache.file(1))
+    assert cache.missing_rows() == COUNT
+    assert f"{cache.file(1)} is damaged" in capsys.readouterr().out
+    source = NoiseLoader()
+    filled(cache, source)
+    assert {view for _, view in source.asked} == {1}
     assert files_of(cache) == whole
 
 
@@ -210,7 +324,7 @@ def test_an_interrupted_computation_keeps_its_rows(tmp_path: Path, examples: Exa
 
 
 def key(model: Network, examples: Examples, stage: str = "conv5", spec: data.Preprocessing = SPEC) -> str:
-    return Cache(model, stage, examples, spec, VIEWS, "unused").folder.name
+    return make_cache(model, stage, examples, VIEWS, Path("unused"), spec).folder.name
 
 
 def copy_below(stage: str, source: Network, target: Network) -> Network:
@@ -235,16 +349,26 @@ def test_the_key_changes_with_everything_that_activations_depend_on(examples: Ex
         key(build(), other_order),
         key(build(), examples.subset(range(COUNT - 1))),
     ]
+    keys += [
+        key(build(), examples, spec=data.Preprocessing(32, mean_rgb=(0.0, 0.0, 0.0))),
+        key(build(), examples, spec=data.Preprocessing(32, std_rgb=(1.0, 1.0, 2.0))),
+    ]
     path = Path(examples.paths[5])
     status = path.stat()
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    keys.append(key(build(), examples))
-    path.write_bytes(b"longer")
+    path.write_text("image 5.")  # of the same length, and of the same time
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     keys.append(key(build(), examples))
-    renamed = path.rename(path.with_name("renamed.jpg"))
-    keys.append(key(build(), Examples((*examples.paths[:5], str(renamed), *examples.paths[6:]), examples.labels)))
     assert len(set(keys)) == len(keys) == 12
+
+
+def test_the_key_does_not_change_with_the_places_and_times_of_the_images(tmp_path: Path, examples: Examples) -> None:
+    expected = key(build(), examples)
+    os.utime(examples.paths[5], ns=(1, 1))
+    assert key(build(), examples) == expected
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    (moved / "5.jpg").rename(moved / "renamed.jpg")
+    paths = [str(moved / f"{'renamed' if n == 5 else n}.jpg") for n in range(COUNT)]
+    assert key(build(), Examples(tuple(paths), examples.labels)) == expected
 
 
 def test_the_key_does_not_change_with_the_labels_the_classes_or_what_lies_above(examples: Examples) -> None:
@@ -269,7 +393,7 @@ def test_heads_share_what_enters_them(examples: Examples) -> None:
 def test_a_cache_that_does_not_fit_is_refused_before_anything_is_computed(
     tmp_path: Path, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = Cache(build(), "conv5", examples, SPEC, VIEWS, str(tmp_path / "cache"))
+    cache = make_cache(build(), "conv5", examples, VIEWS, tmp_path / "cache")
     needed = cache.missing_bytes()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=DISK_RESERVE + needed - 1))
     root = str(tmp_path / "cache")
@@ -287,12 +411,15 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_computed(
 def test_rows_of_a_partial_file_need_no_space_again(
     tmp_path: Path, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = filled(Cache(build(), "gap", examples, SPEC, CENTRAL, str(tmp_path)))
+    cache = filled(make_cache(build(), "gap", examples, CENTRAL, tmp_path))
     rows = (cache.folder / "central.bin").read_bytes()
     (cache.folder / "central.bin").unlink()
-    (cache.folder / "central.partial").write_bytes(rows[: 64 * 16])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=DISK_RESERVE + 6 * 16))
+    (cache.folder / "central.partial").write_bytes(rows[: 64 * ROW])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=DISK_RESERVE + 6 * ROW))
     check_disk([cache], str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=DISK_RESERVE + 6 * ROW - 1))
+    with pytest.raises(UserError):
+        check_disk([cache], str(tmp_path))
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -318,16 +445,19 @@ def test_training_on_cached_views_equals_training_on_the_same_views_uncached(
     )
     latest = run.load("latest")
     assert latest is not None
-    examples = plan.usable_examples(settings, plan.find_images(settings, str(sample_images)), [])["train"]
+    config, found = run.config(), layouts.find_images(str(sample_images))
+    examples = plan.usable_examples(settings, found, [])["train"]
     stage = "gap" if train_from == "head" else train_from
-    phase = Phase("uncached", stage, "conv1", 2, 0, 2 * data.steps_per_epoch(len(examples), 8))
-    trainer = plan.make_trainer(run.config(), settings, examples, [phase])
+    order = data.Order(len(examples), 8, 3, views=2)
+    phase = Phase("uncached", stage, "conv1", 2, 0, 2 * order.epoch_steps)
+    optimisation = plan.optimisation(settings, examples)
+    trainer = Trainer(new_network(config), optimisation, [phase], frozenset(config.new_variables), settings.seed)
     start = {name: variable.numpy() for name, variable in trainer.model.variables_by_name.items()}
-    step = trainer.train_step(phase)
+    step = trainer.train_step(phase, decay_over(phase, optimisation))
     loader = data.image_loader(examples, data.Preprocessing(32, 10, ("flip",)), VIEW_SEED)
-    for x, labels, _ in data.train_batches(loader, examples.labels, 8, 3, 0, phase.last_step, views=2):
+    for x, labels, _ in data.train_batches(loader, examples.labels, order, 0, phase.end_step):
         step(x, labels)
-    assert int(latest[0]["global_step"]) == phase.last_step
+    assert int(latest[0]["global_step"]) == phase.end_step
     for name, variable in trainer.state().items():
         if name in ("sums", "bad_step"):
             continue
@@ -354,7 +484,7 @@ def test_later_runs_with_another_learning_rate_seed_and_classifier_compute_nothi
     def refuse(*_: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(features.Cache, "fill", refuse)
+    monkeypatch.setattr(features, "fill", refuse)
     cached_run(tmp_path, sample_images, **given, learning_rate=0.01, seed=8, head="linear", batch_size=5)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == files
 
@@ -362,15 +492,108 @@ def test_later_runs_with_another_learning_rate_seed_and_classifier_compute_nothi
 def test_two_phases_at_two_boundaries_share_one_pass_over_the_images(
     tmp_path: Path, sample_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources: list[tuple[str, str]] = []
-    original = features.Cache.fill
+    stages: list[list[str]] = []
+    computed: list[tuple[int, int]] = []
+    original = features.fill
 
-    def fill(self: Cache, source: data.Load, source_stage: str, each: object) -> None:
-        sources.append((self.stage, source_stage))
-        original(self, source, source_stage, each)
+    def counted(caches: list[Cache], images: data.Load, stop: StopSignals) -> None:
+        def images_counted(positions: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
+            computed.extend((int(index), int(view)) for index, view in positions.as_numpy_iterator())
+            return images(positions, batch_size)
 
-    monkeypatch.setattr(features.Cache, "fill", fill)
+        stages.append([cache.stage for cache in caches])
+        original(caches, images_counted, stop)
+
+    monkeypatch.setattr(features, "fill", counted)
     run, _ = cached_run(tmp_path, sample_images, train_from="conv5", head_epochs=1, precision="float32")
-    assert sources == [("conv5", "conv1")] * 2 + [("gap", "conv5")] * 2
-    lines = run.read_lines("metrics.jsonl")
-    assert {line["stage"] for line in lines} == {"head", "conv5"}
+    assert stages == [["conv5", "gap"]] * 2  # of the training and the validation images
+    assert computed == [(i, view) for view in VIEWS for i in range(36)] + [(i, data.CENTRAL_VIEW) for i in range(24)]
+    assert [line["phase"] for line in run.read_lines("metrics.jsonl") if line["split"] == "val"] == ["head", "conv5"]
+
+
+# Each view of each stage is read: 36 images in batches of 8 are 5 steps an epoch, 20 in all.
+TWO_PHASES = {"train_from": "conv5", "head_epochs": 2, "epochs": 4, "precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sample_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `TWO_PHASES`, with its cache; not to be changed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model_module.NETWORKS, "tiny", CHANNELS)
+        run, _ = cached_run(folder, sample_images, **TWO_PHASES)
+    assert len(list((folder / "cache").rglob("*.bin"))) == 2 * (2 + 1)
+    return run.path
+
+
+@pytest.mark.parametrize("damage", [flip, shorten, empty, fill_with_zeros])
+def test_a_run_on_a_damaged_cache_ends_as_the_undisturbed_one(
+    tmp_path: Path,
+    sample_images: Path,
+    undisturbed: Path,
+    damage: Callable[[Path], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(undisturbed.parent / "cache", tmp_path / "cache")
+    for file in (tmp_path / "cache").rglob("*.bin"):
+        damage(file)
+    capfd.readouterr()
+    run, _ = cached_run(tmp_path, sample_images, **TWO_PHASES)
+    assert capfd.readouterr().out.count("computed again") == 6
+    assert kill_run.compare(undisturbed, run.path) == []
+    assert kill_run.compare_caches(undisturbed.parent / "cache", tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("step", [0, 7, 10, 14, 20])
+def test_a_run_whose_cache_is_damaged_meanwhile_ends_as_the_undisturbed_one(
+    tmp_path: Path,
+    sample_images: Path,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    step: int,
+) -> None:
+    """Before a step is done; 10 begins the second phase, and at 20 the best checkpoint is evaluated."""
+    waiting = True
+
+    def damage_all() -> None:
+        nonlocal waiting
+        for file in (tmp_path / "cache").rglob("*.bin") if waiting else ():
+            fill_with_zeros(file)
+        waiting = False
+
+    original, load_best = data.train_batches, Run.load_best
+
+    def train_batches(load: data.Load, labels: np.ndarray, order: data.Order, first: int, end: int) -> Iterator:
+        for number, batch in enumerate(original(load, labels, order, first, end), start=first):
+            if number == step and order.batch_size == 8:  # not the pictures of the inputs
+                damage_all()
+            yield batch
+
+    def damaged_before(run: Run, network: Network) -> None:
+        load_best(run, network)
+        damage_all()
+
+    monkeypatch.setattr(data, "train_batches", train_batches)
+    monkeypatch.setattr(Run, "load_best", damaged_before)
+    capfd.readouterr()
+    run, _ = cached_run(tmp_path, sample_images, **TWO_PHASES)
+    assert not waiting
+    assert "computed again" in capfd.readouterr().out
+    assert kill_run.compare(undisturbed, run.path) == []
+
+
+@pytest.mark.parametrize("name", ["view-0.bin", "view-0.partial", "central.bin"])
+def test_a_folder_in_the_place_of_a_file_is_one_line_and_status_2(
+    tmp_path: Path, sample_images: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*TINY, "--epochs", 1, "--train-from", "conv5", "--cached-views", 1, "--cache-dir", tmp_path / "cache"]
+    assert call(train, sample_images, "--run", tmp_path / "first", *flags) == 0
+    (file,) = (tmp_path / "cache").rglob(f"{name.split('.')[0]}.bin")
+    file.unlink()
+    (file.parent / name).mkdir()
+    capfd.readouterr()
+    assert call(train, sample_images, "--run", tmp_path / "second", *flags) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {file.parent / name} is a")
+    assert error.endswith("move it away")

@@ -12,11 +12,10 @@ import train
 from dataset import layouts
 from model import Network
 from run import Run
-from tests.test_commands import TINY, call, event_values, rows_of, scalars
+from tests.conftest import TINY, call, event_values, rows_of, scalars
 from tools import benchmark, find_learning_rate, learning_curve
-from training import features, plan
+from training import features
 from training.settings import Settings
-from training.step import Phase
 
 # -- the main job ----------------------------------------------------------------------------------------------------
 
@@ -33,8 +32,7 @@ def test_vgg19_with_its_weights_learns_evaluates_and_predicts(run_script, sample
     assert losses[-1] < 0.2 * losses[0]
     results = json.loads((tmp_path / "run/results-val.json").read_text(encoding="utf-8"))
     assert results["accuracy"] >= 0.5  # of 12 classes
-    config = Run(tmp_path / "run").config()
-    assert config["new_variables"] == ["vgg_19/gap/weights", "vgg_19/gap/biases"]
+    assert Run(tmp_path / "run").config().new_variables == ["vgg_19/gap/weights", "vgg_19/gap/biases"]
     evaluated = run_script("evaluate.py", "--run", "run", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"accuracy {results['accuracy']:.4f}" in evaluated.stdout
@@ -65,8 +63,8 @@ def test_head_first_then_from_a_stage_on(sample_images: Path, tmp_path: Path, we
     assert call(train, sample_images, "--run", run, *TINY, "--pretrained", weights, *flags) == 0
     lines = Run(run).read_lines("metrics.jsonl")
     epoch_steps = -(-36 // 8)
-    assert {line["step"] for line in lines if line["stage"] == "head"} == set(range(1, 3 * epoch_steps + 1))
-    assert {line["step"] for line in lines if line["stage"] == "conv4"} == set(
+    assert {line["step"] for line in lines if line["phase"] == "head"} == set(range(1, 3 * epoch_steps + 1))
+    assert {line["step"] for line in lines if line["phase"] == "conv4"} == set(
         range(3 * epoch_steps + 1, 4 * epoch_steps + 1)
     )
     rates = [line["learning_rate"] for line in lines if line["split"] == "train"]
@@ -122,10 +120,11 @@ def test_tensorboard_gets_inputs_confusion_mistakes_and_settings(sample_images: 
     assert {tag for plugin, tag in found["val"] if plugin == "images"} == {
         "confusion-val", "confusion-val-normalised", "worst-val",
     }  # fmt: skip
-    settings = Settings.from_dict(Run(run).config()["settings"])
-    examples = plan.find_images(settings, str(sample_images)).splits["train"]
-    first = data.indices_of_step(len(examples), 16, settings.seed, 0)[0]
-    load = data.image_loader(examples, plan.preprocessing(settings), settings.seed)
+    config = Run(run).config()
+    seed = config.settings["seed"]
+    examples = layouts.find_images(str(sample_images)).splits["train"]
+    first = data.Order(len(examples), 16, seed).indices(0)[0]
+    load = data.image_loader(examples, config.preprocessing, seed)
     positions = tf.data.Dataset.from_tensors((tf.constant(first, tf.int64), tf.constant(0, tf.int64)))
     expected = next(iter(load(positions, 1)))[0].numpy()[0] + data.MEAN_RGB
     shown = tf.io.decode_png(pictures["inputs"][2]).numpy()  # after its width and height
@@ -205,7 +204,7 @@ def test_learning_curve_trains_on_the_drawn_images_with_their_labels(
         pretrained=str(weights), network="small", head="gap", image_size=32, cached_views=1, precision="float32"
     )
     learning_curve.learning_curve(settings, str(sample_images), [1, 2], 2, 1)
-    found = plan.find_images(settings, str(sample_images))
+    found = layouts.find_images(str(sample_images))
     draws = {
         (count, seed): layouts.take_per_class(found.splits["train"], count, seed) for count in (1, 2) for seed in (0, 1)
     }
@@ -213,10 +212,11 @@ def test_learning_curve_trains_on_the_drawn_images_with_their_labels(
     union = sorted({path for draw in draws.values() for path in draw.paths})
     position = {path: index for index, path in enumerate(found.splits["train"].paths)}
     pool = found.splits["train"].subset([position[path] for path in union])
-    config, arrays = plan.new_config(settings, found, [])
-    network = plan.make_trainer(config, settings, pool, [Phase("head", "gap", "conv1", 0, 0, 1)]).model
-    plan.restore_pretrained(network, arrays, str(weights))
-    load = data.image_loader(pool, plan.preprocessing(settings), features.VIEW_SEED)
+    network = Network("small", "gap", len(found.class_names), 32)
+    given = np.load(weights)
+    for name in given.files:
+        network.variables_by_name[name].assign(given[name])
+    load = data.image_loader(pool, data.Preprocessing(32), features.VIEW_SEED)
     x, *_ = next(iter(data.ordered_batches(load, pool.labels, len(pool), view=0)))
     rows = network.forward(x, last="conv5").numpy()  # [pool, 1, 1, 256]
     assert len(seen) == len(draws)

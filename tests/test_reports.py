@@ -397,7 +397,7 @@ def records_of(steps, steps_per_epoch=10, change_after=None):
     lines = []
     for step in steps:
         stage = "head" if change_after is None or step <= change_after else "$conv5_1$"
-        line = {"step": step, "epoch": step / steps_per_epoch, "stage": stage, "loss": 1 / step, "accuracy": 0.9}
+        line = {"step": step, "epoch": step / steps_per_epoch, "phase": stage, "loss": 1 / step, "accuracy": 0.9}
         lines.append({**line, "split": "train", "learning_rate": 1e-3})
         if step % steps_per_epoch == 0:
             lines.append({**line, "split": "val"})
@@ -435,7 +435,7 @@ def test_curves_of_next_to_nothing(tmp_path):
     path = tmp_path / "curves.png"
     pictures.draw_curves(path, [])
     assert not list(tmp_path.iterdir())
-    one = {"step": 0, "epoch": 0.0, "split": "val", "stage": "head", "loss": float("nan"), "accuracy": None}
+    one = {"step": 0, "epoch": 0.0, "split": "val", "phase": "head", "loss": float("nan"), "accuracy": None}
     for records in ([one], records_of([1]), [{**one, "loss": float("inf")}, *records_of([3], change_after=1)]):
         pictures.draw_curves(path, records)
         assert png_size(path) == (800, 900)

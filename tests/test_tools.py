@@ -327,7 +327,7 @@ def make_run(folder: Path, accuracies: list[float], losses: list[float], test: f
         for split, fraction, speed in (("train", 0.5, 10 * epoch), ("train", 1.0, 30), ("val", 1.0, 999)):
             step = int(10 * (epoch - 1 + fraction))
             scores = {"loss": loss, "accuracy": accuracy if split == "val" else 1.0}
-            records.append({"step": step, "epoch": epoch - 1 + fraction, "split": split, "stage": "conv1", **scores})
+            records.append({"step": step, "epoch": epoch - 1 + fraction, "split": split, "phase": "conv1", **scores})
             timing.append({"step": step, "split": split, "seconds": len(timing) + 2.5, "images_per_second": speed})
     for name, lines in (("metrics.jsonl", records), ("timing.jsonl", timing)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))

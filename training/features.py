@@ -94,16 +94,13 @@ class Cache:
     def is_filled(self, view: int) -> bool:
         """Whether the file of a view is there; one of another size is damaged: it is deleted, which a line says."""
         file = self.file(view)
-        try:
-            size = file.lstat().st_size if file.is_file() and not file.is_symlink() else -1
-        except FileNotFoundError:
-            return False
-        if size == len(self.examples) * self._row_bytes:
-            return True
         if not os.path.lexists(file):
             return False
-        if file.is_dir() and not file.is_symlink():
-            raise UserError(f"{file} is a folder, where cached activations are kept: move it away")
+        if file.is_symlink() or not file.is_file():
+            raise UserError(f"{file} is a link or a folder, where cached activations are kept: move it away")
+        size = file.stat().st_size
+        if size == len(self.examples) * self._row_bytes:
+            return True
         print(f"cache      {file} is damaged ({size} bytes): computed again", flush=True)
         file.unlink()
         return False

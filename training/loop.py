@@ -124,6 +124,8 @@ class Loop:
         step, progress = self.trainer.steps_done(), self.keeper.progress
         if not phase.first_step <= step <= phase.end_step or self.keeper.out_of_patience(phase, step):
             return
+        if step == phase.end_step == progress.validated_step:
+            return  # perhaps the network holds the best variables by now: not to be saved as the latest
         order = dataclasses.replace(self.order, views=phase.views)
         schedule = decay_over(phase, self.trainer.settings)
         train_step = self.trainer.train_step(phase, schedule)

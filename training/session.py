@@ -236,7 +236,7 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals) -> dict[str, Any]:
                 results = _train_and_evaluate(run, prepared, loop)
         except features.DamagedCache as damage:  # nothing was trained on it: the loop continues at the same step
             print(f"cache      {one_line(damage.path)} is damaged: computed again", flush=True)
-            Path(damage.path).unlink(missing_ok=True)
+            Path(damage.path).unlink()
             continue
         write_text(run.path / ".complete", "")  # a kill may have left results, but only half of them
         return results
