@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse.csgraph
+from PIL import Image
 
 BLOCK_ROWS = 1024  # of similarities at a time, [BLOCK_ROWS, N]
 MOST_PAIRS = 20_000_000  # pairs of near-duplicates that are listed: more would take GBs and no one would read them
@@ -19,6 +20,7 @@ DUPLICATE_DEVIATIONS = 7.0  # so many, since the nearest of distinct images lies
 OUTLIER_DEVIATIONS = 4.0
 FEWEST = 10  # images that a distribution is taken from
 EXACT = 1 - 1e-5  # cosine of features that differ by rounding only
+THUMBNAIL = 12  # side in pixels
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ def unit_length(features: np.ndarray) -> np.ndarray:
     """Features float32 [N, D] scaled to length 1 each; a row of zeros stays."""
     features = np.asarray(features, np.float32)
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def thumbnail_features(image: np.ndarray) -> np.ndarray:
+    """What a picture shares with its copies of other sizes and qualities, float32 [432], from uint8 [H, W, 3].
+
+    The picture averaged to 12 x 12 pixels, less its mean. For near-duplicates this tells more than features of a
+    network do: those of a small picture change much with its sharpness, and do not change where another picture shows
+    the same kind of thing.
+    """
+    small = Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    values = np.asarray(small, np.float32).ravel()
+    return values - values.mean()
 
 
 def robust_limits(distances: np.ndarray, deviations: float) -> tuple[float, float]:

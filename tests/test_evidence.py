@@ -1,5 +1,6 @@
 """Calibration, label issues, neighbours and significance against SciPy, scikit-learn and hand computation."""
 
+import io
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ import sklearn.metrics
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
+from dataset.images import read_image
 from reports import calibration, label_issues, metrics, neighbours, significance
 from training.cross_validation import cross_validate, strength_grid
 
@@ -201,6 +203,28 @@ def test_planted_copies_are_found(block, monkeypatch):
     monkeypatch.setattr(neighbours, "MOST_PAIRS", 5)
     with pytest.raises(ValueError, match="more than 5 pairs"):
         neighbours.near_duplicates(x, threshold=0.5)
+
+
+def copy_of(image, scale, quality):
+    """The picture at another size, through JPEG."""
+    picture = Image.fromarray(image)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def test_re_encoded_copies_of_photographs_are_found(shared):
+    paths = sorted(shared.glob("mini_natural_images/val/*/*"))[::12]
+    images = [read_image(str(path)) for path in paths]
+    chosen = range(0, len(images), 5)
+    ways = [(0.7, 60), (0.5, 80), (1.5, 40), (0.9, 95)]
+    images += [copy_of(images[i], *ways[n % 4]) for n, i in enumerate(chosen)]
+    found = neighbours.near_duplicates(np.stack([neighbours.thumbnail_features(image) for image in images]))
+    pairs = set(map(tuple, found.pairs.tolist()))
+    planted = {(i, len(paths) + n) for n, i in enumerate(chosen)}
+    assert planted <= pairs
+    assert len(pairs - planted) <= 3  # the photographs themselves hold a few
 
 
 def test_copies_are_found_where_every_image_has_some():
