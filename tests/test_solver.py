@@ -191,6 +191,19 @@ def test_classes_with_fewer_images_than_folds():
     assert {r.strength: r.accuracy for r in found.records}[found.best] == pytest.approx(right)
 
 
+def test_classes_of_one_image_each():
+    x, labels = head_features(classes=3, images=3)
+    with pytest.raises(ValueError, match="no class has two images"):
+        cross_validation.cross_validate(x, labels, 3, np.arange(3), [1.0])
+
+
+def test_a_single_class():
+    x, _ = head_features(classes=3, images=12)
+    found = cross_validation.cross_validate(x, np.zeros(12, np.int64), 1, np.arange(12), [1.0])
+    assert (found.records[0].log_loss, found.records[0].accuracy) == (0.0, 1.0)
+    assert not solver.solve(x, np.zeros(12, np.int64), 1, 1.0)[0].any()
+
+
 def test_class_weights_weigh_the_loss_that_chooses():
     x, labels = head_features(classes=3, images=60, noise=2.0)
     found = cross_validation.cross_validate(x, labels, 3, np.arange(60), [1.0], class_weights=[1.0, 5.0, 0.0])

@@ -86,7 +86,7 @@ def cross_validate(
         report: called with the record of each strength as soon as it is known.
 
     Raises:
-        ValueError: as `solve`; for fewer than two images or folds; for an image with two labels.
+        ValueError: as `solve`; where no class has two images; for fewer than two folds; for an image with two labels.
     """
     weights = row_weights(labels, len(features), class_count, class_weights, sample_weights)
     path = sorted(map(positive, strengths), reverse=True)
@@ -94,6 +94,8 @@ def cross_validate(
     order = np.argsort(fold_of, kind="stable")  # each fold's rows lie together, so that no fold needs a copy
     edges = np.searchsorted(fold_of[order], np.arange(fold_of.max() + 2)).tolist()
     scored = np.bincount(labels[_first_rows(groups)], minlength=class_count)[labels] > 1  # [N]
+    if not scored.any():
+        raise ValueError("no class has two images: there is nothing to learn from and to be judged by")
     records: list[StrengthRecord] = []
     best, best_logits = 0, np.zeros((0, class_count), np.float32)
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
