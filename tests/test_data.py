@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.ndimage  # type: ignore[import-untyped]
-import scipy.stats  # type: ignore[import-untyped]
+import scipy.ndimage
+import scipy.stats
 import skimage.measure
 import skimage.transform
 import tensorflow as tf

@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-import scipy.stats  # type: ignore[import-untyped]
+import scipy.stats
 import sklearn.metrics
 
 from reports import metrics

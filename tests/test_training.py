@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import scipy.special  # type: ignore[import-untyped]
+import scipy.special
 import tensorflow as tf
 
 import model as model_module

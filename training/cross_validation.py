@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from devices import cores
+from console import cores
 from reports import metrics
 from training.solver import Axes, Problem, minimise, positive, row_weights, zeros
 

@@ -18,7 +18,7 @@ import scipy.linalg
 import scipy.optimize
 from threadpoolctl import threadpool_limits
 
-from devices import cores
+from console import cores
 
 # The largest component of the gradient, in variables scaled to a curvature of about 1, at which a fit ends. Measured:
 # the objective is then within 1e-10 nats of its minimum and probabilities within 1e-4 of theirs.
