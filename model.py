@@ -10,7 +10,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from networks.inception import inception_v3
-from networks.layers import Architecture, Layer, Shape, Stages, Variables
+from networks.layers import Architecture, Layer, Shape, Stages, Variables, trace
 from networks.resnet import keras_bottleneck, torchvision_basic
 from networks.vgg import vgg
 
@@ -25,7 +25,9 @@ NETWORKS: dict[str, Architecture] = {
     "resnet_34": torchvision_basic(3, 4, 6, 3),
     "resnet_18": torchvision_basic(2, 2, 2, 2),
     "inception_v3": inception_v3(),
-    "small": vgg((32,), (64,), (128,), (256,), (256,)),  # trains from scratch on a laptop: the baseline without ImageNet
+    "small": vgg(
+        (32,), (64,), (128,), (256,), (256,)
+    ),  # trains from scratch on a laptop: the baseline without ImageNet
 }
 HEADS = ("fc", "gap", "linear")
 
@@ -83,16 +85,15 @@ class Network(tf.Module):
         head_stages = row.fc(class_count) if head == "fc" else _rooted_head(head, class_count)
         self.head_stages = tuple(head_stages)
         self.stages = (*row.stages, *self.head_stages)
-        variables = Variables(row.scope or network, seed)
+        stages = {**row.stages, **head_stages}
+        scope = row.scope or network
+        self._input_shapes, _ = trace(stages, image_size, scope)
+        variables = Variables(scope, seed)
         self._layers: dict[str, Layer] = {}
-        self._input_shapes: dict[str, Shape] = {}
         self._stage_of: dict[str, str] = {}
-        shape: Shape = (image_size, image_size, 3)
-        for stage, build in {**row.stages, **head_stages}.items():
-            self._input_shapes[stage] = shape
-            self._layers[stage] = build(variables, shape)
+        for stage, build in stages.items():
+            self._layers[stage] = build(variables, self._input_shapes[stage])
             self._stage_of |= {name: stage for name in variables.by_name if name not in self._stage_of}
-            shape = _output_shape(self._layers[stage], shape, self._dtype(stage))
         self.variables_by_name: dict[str, tf.Variable] = variables.by_name
 
     def _dtype(self, stage: str) -> tf.DType:
@@ -105,9 +106,7 @@ class Network(tf.Module):
     def variables_from(self, stage: str) -> dict[str, tf.Variable]:
         """The variables of `stage` and all later stages that are trained, by name."""
         kept = self.stages[self.stages.index(stage) :]
-        return {
-            name: v for name, v in self.variables_by_name.items() if v.trainable and self._stage_of[name] in kept
-        }
+        return {name: v for name, v in self.variables_by_name.items() if v.trainable and self._stage_of[name] in kept}
 
     def input_shape(self, stage: str) -> Shape:
         """The shape of one example where it enters `stage`."""
@@ -138,16 +137,10 @@ class Network(tf.Module):
 
 
 def variable_shapes(network: str) -> dict[str, Shape]:
-    """{name: shape} of the variables of `network` with its `fc` head for one class, in order; no values are made."""
-    with tf.Graph().as_default():
-        built = Network(network, "fc", class_count=1, image_size=NETWORKS[network].fc_min_size)
-        return {name: tuple(variable.shape) for name, variable in built.variables_by_name.items()}
-
-
-def _output_shape(layer: Layer, shape: Shape, dtype: tf.DType) -> Shape:
-    """The shape of one example that leaves `layer`, by tracing it."""
-    traced = tf.function(layer, autograph=False).get_concrete_function(tf.TensorSpec([None, *shape], dtype))
-    return tuple(traced.structured_outputs.shape[1:])
+    """{name: shape} of the variables of `network` with its `fc` head for one class, in order; none is made."""
+    row = NETWORKS[network]
+    _, shapes = trace({**row.stages, **row.fc(1)}, row.fc_min_size, row.scope or network)
+    return shapes
 
 
 def _rooted_head(head: str, class_count: int) -> Stages:

@@ -6,7 +6,7 @@ the one in which Keras makes them, which `weights.names_inception` relies on.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 from networks.layers import (
     Architecture,
@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
 
 # What a path goes through; "max" is a 3x3 max pool that halves height and width, "average" a 3x3 average pool.
-Path = Sequence[Union[Conv, Reduce, Part, str]]
+Path = Sequence[Conv | Reduce | Part | str]
 
 
 def inception_v3(width: float = 1.0) -> Architecture:
@@ -156,9 +156,7 @@ def _stem(width: float, variables: Variables, shape: Shape) -> Layer:
 
 
 def _mixed(width: float, name: str, paths: Sequence[Path], variables: Variables, shape: Shape) -> Layer:
-    return Branches(
-        [_path(variables, f"{name}/Branch_{n}/", shape[-1], width, path) for n, path in enumerate(paths)]
-    )
+    return Branches([_path(variables, f"{name}/Branch_{n}/", shape[-1], width, path) for n, path in enumerate(paths)])
 
 
 def _path(variables: Variables, scope: str, channels: int, width: float, path: Path) -> Layer:

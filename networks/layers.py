@@ -41,8 +41,8 @@ class Architecture:
 class Variables:
     """The variables of a network while its layers make them.
 
-    Weights begin as in He et al. 2015 (normal, variance 2 / fan in), all else as zeros or ones. Every initial value is a
-    function of the seed and of how many variables there were before.
+    Weights begin as in He et al. 2015 (normal, variance 2 / fan in), all else as zeros or ones. An initial value is a
+    function of the seed and of how many variables were made before.
     """
 
     scope: str
@@ -63,6 +63,26 @@ class Variables:
         name = f"{self.scope}/{name}"
         self.by_name[name] = tf.Variable(initial, name=name, trainable=trainable)
         return self.by_name[name]
+
+
+class _Outline(Variables):
+    """The variables of a network as tensors of a graph that never runs: their shapes alone."""
+
+    def _add(self, name: str, initial: tf.Tensor, trainable: bool = True) -> tf.Tensor:
+        self.by_name[f"{self.scope}/{name}"] = initial
+        return initial
+
+
+def trace(stages: Stages, image_size: int, scope: str) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """{stage: shape of one example that enters it} and {variable: shape}, both in order; nothing is computed."""
+    input_shapes: dict[str, Shape] = {}
+    with tf.Graph().as_default():
+        outline = _Outline(scope, seed=0)
+        x = tf.zeros([1, image_size, image_size, 3])
+        for stage, build in stages.items():
+            input_shapes[stage] = tuple(x.shape[1:])
+            x = build(outline, input_shapes[stage])(x)
+    return input_shapes, {name: tuple(tensor.shape) for name, tensor in outline.by_name.items()}
 
 
 @dataclass(frozen=True)
@@ -100,7 +120,8 @@ class Convolution(tf.Module):
     Args:
         kernel: its [height, width].
         inputs, outputs: channels.
-        padding: SAME or VALID, or a number of rows and columns of zeros on every side (SAME is not symmetric at stride 2).
+        padding: SAME, VALID, or a number of zeros on every side: at stride 2 SAME may have one more below and right.
+        relu: whether the ReLU follows; gain: factor on the initial weights.
     """
 
     def __init__(
@@ -141,7 +162,7 @@ class Convolution(tf.Module):
 
 
 class MaxPool(tf.Module):
-    """Max pooling; `padding` is a number of rows and columns of zeros on every side, for input that has passed a ReLU."""
+    """Max pooling; `padding` is a number of zeros on every side, for input without negative values."""
 
     def __init__(self, size: int, stride: int, padding: int = 0):
         super().__init__()
