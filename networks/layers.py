@@ -66,7 +66,13 @@ class Variables:
 
 
 class _Outline(Variables):
-    """The variables of a network as tensors of a graph that never runs: their shapes alone."""
+    """The variables of a network as placeholders of a graph that never runs: their shapes alone."""
+
+    def weights(self, name: str, shape: Shape, gain: float = 1.0) -> tf.Tensor:
+        return self._add(f"{name}/weights", tf.compat.v1.placeholder(tf.float32, shape))
+
+    def vector(self, name: str, size: int, value: float = 0.0, trainable: bool = True) -> tf.Tensor:
+        return self._add(name, tf.compat.v1.placeholder(tf.float32, [size]))
 
     def _add(self, name: str, initial: tf.Tensor, trainable: bool = True) -> tf.Tensor:
         self.by_name[f"{self.scope}/{name}"] = initial
