@@ -89,12 +89,13 @@ class Network(tf.Module):
         scope = row.scope or network
         self._input_shapes, _ = trace(stages, image_size, scope)
         variables = Variables(scope, seed)
-        self._layers: dict[str, Layer] = {}
-        self._stage_of: dict[str, str] = {}
+        layers: dict[str, Layer] = {}
+        stage_of: dict[str, str] = {}
         for stage, build in stages.items():
-            self._layers[stage] = build(variables, self._input_shapes[stage])
-            self._stage_of |= {name: stage for name in variables.by_name if name not in self._stage_of}
-        self.variables_by_name: dict[str, tf.Variable] = variables.by_name
+            layers[stage] = build(variables, self._input_shapes[stage])
+            stage_of |= {name: stage for name in variables.by_name if name not in stage_of}
+        # Whole: tf.Module wraps a dict that it is given, and a SavedModel can't be made where one has grown since.
+        self._layers, self._stage_of, self.variables_by_name = layers, stage_of, variables.by_name
 
     def _dtype(self, stage: str) -> tf.DType:
         return tf.float32 if stage == self.stages[-1] else self.compute_dtype

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -367,6 +368,18 @@ def test_folded_normalisation_has_the_values_and_gradients_of_the_formula() -> N
     for actual, expected in zip(*(tape.gradient(loss, trained) for loss in losses), strict=True):
         assert np.abs(expected).max() > 0.1
         assert np.allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("network", SIZES)
+def test_a_saved_model_of_a_network_computes_the_same(network: str, tmp_path: Path) -> None:
+    size = SIZES[network]
+    module = tf.Module()
+    module.network = filled(Network(network, "gap", 3, size))
+    module.forward = tf.function(module.network.forward, input_signature=[tf.TensorSpec([None, size, size, 3])])
+    tf.saved_model.save(module, str(tmp_path / "saved"))
+    x = as_input(photographs(size), network)
+    loaded = tf.saved_model.load(str(tmp_path / "saved")).forward(x).numpy()
+    assert np.array_equal(loaded, module.forward(x).numpy())
 
 
 @pytest.mark.parametrize(("network", "size"), [("inception_v3", 74), ("resnet_50", 31), ("resnet_18", 16)])
