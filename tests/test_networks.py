@@ -378,8 +378,8 @@ def test_a_saved_model_of_a_network_computes_the_same(network: str, tmp_path: Pa
     module.forward = tf.function(module.network.forward, input_signature=[tf.TensorSpec([None, size, size, 3])])
     tf.saved_model.save(module, str(tmp_path / "saved"))
     x = as_input(photographs(size), network)
-    loaded = tf.saved_model.load(str(tmp_path / "saved")).forward(x).numpy()
-    assert np.array_equal(loaded, module.forward(x).numpy())
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    assert np.array_equal(loaded.forward(x).numpy(), module.forward(x).numpy())
 
 
 @pytest.mark.parametrize(("network", "size"), [("inception_v3", 74), ("resnet_50", 31), ("resnet_18", 16)])
