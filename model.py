@@ -1,8 +1,7 @@
-"""VGG as an ordered list of named stages, with TF-Slim's variable names and shapes.
+"""A network as an ordered list of named stages and a head, and the table of all networks.
 
-The network may be entered and left between any two stages: `forward(x, first, last)`. Freezing, cached features and new
-heads are all such cuts. Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
-2015, table 1; names and shapes follow the `vgg_16` and `vgg_19` of TF-Slim, so that its checkpoints restore by name.
+It may be entered and left between any two stages: `forward(x, first, last)`. Freezing, cached features, new heads and
+heat maps are all such cuts.
 """
 
 import math
@@ -10,16 +9,28 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-# Convolution widths, a tuple per stage; each stage ends with a 2x2 max pool. A new row is a new network.
-NETWORKS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "vgg_19": ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4),
-    "vgg_16": ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3),
-    "small": ((32,), (64,), (128,), (256,), (256,)),  # trains from scratch on a laptop: the baseline without ImageNet
-}
-HEADS: dict[str, tuple[str, ...]] = {"fc": ("fc6", "fc7", "fc8"), "gap": ("gap",), "linear": ("linear",)}
+from networks.inception import inception_v3
+from networks.layers import Architecture, Layer, Shape, Stages, Variables, trace
+from networks.resnet import keras_bottleneck, torchvision_basic
+from networks.vgg import vgg
 
-FC_UNITS = 4096
-PIXEL_DEVIATION = 64.0  # about the standard deviation of a photograph's values in 0..255
+# VGG: the channels of the convolutions of each stage. ResNet: the blocks of each stage. A new row is a new network.
+NETWORKS: dict[str, Architecture] = {
+    "vgg_19": vgg((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4),
+    "vgg_16": vgg((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3),
+    "vgg_face": vgg(
+        *((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3), mean_rgb=(129.1863, 104.7624, 93.5940)
+    ),
+    "resnet_50": keras_bottleneck(3, 4, 6, 3),
+    "resnet_34": torchvision_basic(3, 4, 6, 3),
+    "resnet_18": torchvision_basic(2, 2, 2, 2),
+    "inception_v3": inception_v3(),
+    "small": vgg(
+        (32,), (64,), (128,), (256,), (256,)
+    ),  # trains from scratch on a laptop: the baseline without ImageNet
+}
+HEADS = ("fc", "gap", "linear")
+
 # Length of the vector that the gap and linear heads classify: the longest at which SGD at learning rate 1e-3 and
 # momentum 0.9 is stable whatever the data: the loss curves by length^2 / 2 at most, and rate * curvature must be < 3.8.
 FEATURE_NORM = 87.0
@@ -32,23 +43,25 @@ Dropout = Callable[[tf.Tensor, str], tf.Tensor]
 
 
 class Network(tf.Module):
-    """A VGG network.
+    """A network of the table with a head for some number of classes.
 
     Args:
         network: a row of `NETWORKS`.
-        head: `fc` (fc6, fc7, fc8, as published), `gap` (global average pooling and one linear layer) or `linear`
-            (one linear layer on the flattened output of conv5).
+        head: `fc` (the published classifier: fc6, fc7, fc8 of VGG; global average pooling and a linear layer of the
+            others), `gap` (a linear layer on the normalised square root of the globally averaged features) or `linear`
+            (the same on all features of all positions).
         class_count: number of classes, the width of the logits.
-        image_size: side of the square input in pixels. The variables of `linear` depend on it; `fc` needs 224 or more.
+        image_size: side of the square input in pixels. The variables of `linear` depend on it.
         compute_dtype: float32 or bfloat16. Variables, pooled features and logits are float32 in any case.
-        seed: for the initial values: He et al. 2015 (normal, variance 2 / fan in), biases and the last layer zero.
+        seed: for the initial values; those of the last layer are zero.
 
     Attributes:
-        stages: names in order, `conv1` ... `conv5` and those of the head.
-        variables_by_name: {TF-Slim name: tf.Variable}, in the order of the stages.
+        stages: names in order, those of the head (`head_stages`) included.
+        variables_by_name: {name: tf.Variable} in the order of the stages, the fixed statistics of batch normalisation
+            included.
 
     Raises:
-        ValueError: for an image size that the network or its head can't take.
+        ValueError: for an image size or a head that does not fit the network.
     """
 
     def __init__(
@@ -63,65 +76,42 @@ class Network(tf.Module):
         super().__init__(name=network)
         self.network, self.head, self.class_count, self.image_size = network, head, class_count, image_size
         self.compute_dtype = compute_dtype
-        self._widths = dict(zip((f"conv{n}" for n in range(1, 6)), NETWORKS[network], strict=True))
-        self.head_stages = HEADS[head]
-        self.stages = (*self._widths, *self.head_stages)
-        minimum = 224 if head == "fc" else 32
+        row = NETWORKS[network]
+        minimum = row.fc_min_size if head == "fc" else row.min_size
         if image_size < minimum:
             raise ValueError(f"image size {image_size} is too small for the {head} head: it takes {minimum} or more")
-        self.variables_by_name: dict[str, tf.Variable] = {}
-        for name, shape in self._weight_shapes().items():
-            self._add_layer(name, shape, seed)
+        if head not in row.heads:
+            raise ValueError(f"{network} has no {head} head: it takes {', '.join(row.heads)}")
+        head_stages = row.fc(class_count) if head == "fc" else _rooted_head(head, class_count)
+        self.head_stages = tuple(head_stages)
+        self.stages = (*row.stages, *self.head_stages)
+        stages = {**row.stages, **head_stages}
+        scope = row.scope or network
+        self._input_shapes, _ = trace(stages, image_size, scope)
+        variables = Variables(scope, seed)
+        layers: dict[str, Layer] = {}
+        stage_of: dict[str, str] = {}
+        for stage, build in stages.items():
+            layers[stage] = build(variables, self._input_shapes[stage])
+            stage_of |= {name: stage for name in variables.by_name if name not in stage_of}
+        # Whole: tf.Module wraps a dict that it is given, and a SavedModel can't be made where one has grown since.
+        self._layers, self._stage_of, self.variables_by_name = layers, stage_of, variables.by_name
 
-    def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{layer's full name: shape of its weights}, in order; convolutions are [height, width, in, out]."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        channels = 3
-        for stage, widths in self._widths.items():
-            for number, width in enumerate(widths, start=1):
-                shapes[f"{self.network}/{stage}/{stage}_{number}"] = (3, 3, channels, width)
-                channels = width
-        heads: dict[str, dict[str, tuple[int, ...]]] = {
-            "fc": {
-                "fc6": (7, 7, channels, FC_UNITS),
-                "fc7": (1, 1, FC_UNITS, FC_UNITS),
-                "fc8": (1, 1, FC_UNITS, self.class_count),
-            },
-            "gap": {"gap": (channels, self.class_count)},
-            "linear": {"linear": ((self.image_size // 32) ** 2 * channels, self.class_count)},
-        }
-        for stage, shape in heads[self.head].items():
-            shapes[f"{self.network}/{stage}"] = shape
-        return shapes
-
-    def _add_layer(self, name: str, shape: tuple[int, ...], seed: int) -> None:
-        deviation = math.sqrt(2.0 / math.prod(shape[:-1]))
-        if name.endswith("conv1_1"):
-            deviation /= PIXEL_DEVIATION  # He assumes inputs of variance 1; without this VGG from scratch diverges
-        if name == f"{self.network}/{self.stages[-1]}":
-            deviation = 0.0  # the first loss is log(classes) and the first gradients leave pretrained layers alone
-        key = (seed, len(self.variables_by_name))
-        weights = deviation * tf.random.stateless_normal(shape, seed=key)
-        self.variables_by_name[f"{name}/weights"] = tf.Variable(weights, name=f"{name}/weights")
-        self.variables_by_name[f"{name}/biases"] = tf.Variable(tf.zeros(shape[-1:]), name=f"{name}/biases")
+    def _dtype(self, stage: str) -> tf.DType:
+        return tf.float32 if stage == self.stages[-1] else self.compute_dtype
 
     def stage_of(self, variable_name: str) -> str:
         """The stage that a variable of `variables_by_name` belongs to."""
-        return variable_name.split("/")[1]
+        return self._stage_of[variable_name]
 
     def variables_from(self, stage: str) -> dict[str, tf.Variable]:
-        """The variables of `stage` and all later stages, by name."""
+        """The variables of `stage` and all later stages that are trained, by name."""
         kept = self.stages[self.stages.index(stage) :]
-        return {name: v for name, v in self.variables_by_name.items() if self.stage_of(name) in kept}
+        return {name: v for name, v in self.variables_by_name.items() if v.trainable and self._stage_of[name] in kept}
 
-    def input_shape(self, stage: str) -> tuple[int, ...]:
+    def input_shape(self, stage: str) -> Shape:
         """The shape of one example where it enters `stage`."""
-        index = self.stages.index(stage)
-        if index <= 5:
-            side = self.image_size // 2**index
-            return (side, side, NETWORKS[self.network][index - 1][-1] if index else 3)
-        side = self.image_size // 32 - 6
-        return (side, side, FC_UNITS)
+        return self._input_shapes[stage]
 
     def forward(
         self, x: tf.Tensor, first: str | None = None, last: str | None = None, dropout: Dropout | None = None
@@ -129,9 +119,11 @@ class Network(tf.Module):
         """Runs the stages from `first` to `last`, both included.
 
         Args:
-            x: what enters `first` (default conv1): images [B, H, W, 3] minus the mean, or `[B, *input_shape(first)]`.
+            x: what enters `first` (default: the first stage): images [B, H, W, 3] as `data.preprocess` makes them, or
+                `[B, *input_shape(first)]`.
             last: default the last stage, whose output are the logits.
-            dropout: applied to the outputs of fc6 and fc7 while training: (activations [B, h, w, 4096], stage) -> same.
+            dropout: applied while training to the outputs of the head's stages but the last, VGG's fc6 and fc7:
+                (activations, stage) -> same.
 
         Returns:
             logits [B, class_count] float32, or the output of `last` in the compute dtype.
@@ -139,48 +131,49 @@ class Network(tf.Module):
         start = self.stages.index(first) if first else 0
         stop = self.stages.index(last) + 1 if last else len(self.stages)
         for stage in self.stages[start:stop]:
-            if stage in self._widths:
-                x = self._convolutions(tf.cast(x, self.compute_dtype), stage)
-            elif stage in ("fc6", "fc7"):
-                x = tf.nn.relu(self._fully_connected(tf.cast(x, self.compute_dtype), stage))
-                x = dropout(x, stage) if dropout else x
-            elif stage == "fc8":
-                # One prediction a position; their mean for images larger than 224 px (one position at 224 px).
-                x = tf.reduce_mean(self._fully_connected(tf.cast(x, tf.float32), stage), axis=[1, 2])
-            else:
-                x = self._linear(tf.cast(x, tf.float32), stage)
+            x = self._layers[stage](tf.cast(x, self._dtype(stage)))
+            if dropout and stage in self.head_stages[:-1]:
+                x = dropout(x, stage)
         return x
 
-    def _parameters(self, layer: str, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
-        weights = self.variables_by_name[f"{self.network}/{layer}/weights"]
-        biases = self.variables_by_name[f"{self.network}/{layer}/biases"]
-        return tf.cast(weights, dtype), tf.cast(biases, dtype)
 
-    def _convolutions(self, x: tf.Tensor, stage: str) -> tf.Tensor:
-        for number in range(1, len(self._widths[stage]) + 1):
-            weights, biases = self._parameters(f"{stage}/{stage}_{number}", x.dtype)
-            x = tf.nn.relu(tf.nn.bias_add(tf.nn.conv2d(x, weights, strides=1, padding="SAME"), biases))
-        return tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")  # [B, H/2, W/2, width]
+def variable_shapes(network: str) -> dict[str, Shape]:
+    """{name: shape} of the variables of `network` with its `fc` head for one class, in order; none is made."""
+    row = NETWORKS[network]
+    _, shapes = trace({**row.stages, **row.fc(1)}, row.fc_min_size, row.scope or network)
+    return shapes
 
-    def _fully_connected(self, x: tf.Tensor, stage: str) -> tf.Tensor:
-        """A VALID convolution; as a matrix product, a third faster to train on CPU, where it covers its whole input."""
-        weights, biases = self._parameters(stage, x.dtype)
-        if x.shape[1:3] != weights.shape[0:2]:
-            return tf.nn.bias_add(tf.nn.conv2d(x, weights, strides=1, padding="VALID"), biases)  # [B, h, w, units]
-        units = weights.shape[-1]
-        y = tf.matmul(tf.reshape(x, [-1, math.prod(weights.shape[:-1])]), tf.reshape(weights, [-1, units]))
-        return tf.reshape(tf.nn.bias_add(y, biases), [-1, 1, 1, units])
 
-    def _linear(self, x: tf.Tensor, stage: str) -> tf.Tensor:
-        """Softmax regression on square-rooted features of fixed length.
+def _rooted_head(head: str, class_count: int) -> Stages:
+    def build(variables: Variables, shape: Shape) -> Layer:
+        features = shape[-1] if head == "gap" else math.prod(shape)
+        return RootedLinear(variables, head, features, class_count)
 
-        ReLU features are counts of a kind: a few channels are very large. Their square root (Arandjelović & Zisserman,
-        "Three things everyone should know to improve object retrieval", 2012) and a fixed length make the problem well
-        conditioned, so that plain SGD at the published learning rate reaches what a logistic regression reaches.
-        """
-        features = tf.reduce_mean(x, axis=[1, 2]) if stage == "gap" else tf.reshape(x, [-1, math.prod(x.shape[1:])])
+    return {head: build}
+
+
+class RootedLinear(tf.Module):
+    """Softmax regression on square-rooted features of fixed length: the `gap` and the `linear` head.
+
+    ReLU features are counts of a kind: a few channels are very large. Their square root (Arandjelović & Zisserman,
+    "Three things everyone should know to improve object retrieval", 2012) and a fixed length make the problem well
+    conditioned, so that plain SGD at the published learning rate reaches what a logistic regression reaches.
+
+    Args:
+        head: `gap`: the features are averaged over all positions first; `linear`: all features of all positions.
+    """
+
+    def __init__(self, variables: Variables, head: str, features: int, class_count: int):
+        super().__init__()
+        self.head = head
+        # Zero: the first loss is log(classes), and the first gradients leave pretrained layers alone.
+        self.weights = variables.weights(head, (features, class_count), gain=0.0)
+        self.biases = variables.vector(f"{head}/biases", class_count)
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        """[B, H, W, C] float32, none negative -> [B, classes]."""
+        pooled = self.head == "gap"
+        features = tf.reduce_mean(x, axis=[1, 2]) if pooled else tf.reshape(x, [-1, math.prod(x.shape[1:])])
         share = features / (tf.reduce_sum(features, axis=1, keepdims=True) + 1e-6)  # [B, features], sums to 1
         share = (1.0 - EVEN_SHARE) * share + EVEN_SHARE / features.shape[1]
-        rooted = FEATURE_NORM * tf.sqrt(share)
-        weights, biases = self._parameters(stage, tf.float32)
-        return tf.nn.bias_add(tf.matmul(rooted, weights), biases)  # [B, classes]
+        return tf.nn.bias_add(tf.matmul(FEATURE_NORM * tf.sqrt(share), self.weights), self.biases)

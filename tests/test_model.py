@@ -16,6 +16,7 @@ import model
 from console import UserError
 from devices import compute_dtype
 from model import Network
+from networks.vgg import vgg
 from weights.names import find_imagenet, load_pretrained
 from weights.restore import restore
 
@@ -35,8 +36,7 @@ STAGES = ("conv1", "conv2", "conv3", "conv4", "conv5")
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> str:
     """A network of few channels, so that the fc head at 224 px is a matter of milliseconds."""
-    monkeypatch.setitem(model.NETWORKS, "narrow", ((4,), (4,), (6, 6), (8,), (8,)))
-    monkeypatch.setattr(model, "FC_UNITS", 16)
+    monkeypatch.setitem(model.NETWORKS, "narrow", vgg((4,), (4,), (6, 6), (8,), (8,), fc_units=16))
     return "narrow"
 
 
