@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from console import UserError, one_line
-from weights import names_vgg
+from model import NETWORKS
+from weights import names_inception, names_resnet, names_vgg
 from weights.read import WeightFile, read
 from weights.restore import is_under
 
@@ -15,8 +16,12 @@ PIP_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"  # in the package
 
 _Converter = Callable[[Mapping[str, np.ndarray], str], dict[str, np.ndarray]]
 # By kind of file and family, the first word of a network's name. Checkpoints and npz have our own names (TF-Slim's).
-_CONVERTERS: dict[tuple[str, str], _Converter] = {("keras", "vgg"): names_vgg.from_keras}
-_SCOPES = {"inception_v3": "InceptionV3"}  # what names of variables begin with, where it is not the network's name
+_CONVERTERS: dict[tuple[str, str], _Converter] = {
+    ("keras", "vgg"): names_vgg.from_keras,
+    ("keras", "resnet"): names_resnet.from_keras,
+    ("torch", "resnet"): names_resnet.from_torch,
+    ("keras", "inception"): names_inception.from_keras,
+}
 
 _SLIM = "unpack {0}_2016_08_28.tar.gz of the TF-Slim model zoo to data/{0}.ckpt (all layers)"
 _KERAS = "put Keras' {1} weights at data/{0}.h5"
@@ -67,7 +72,7 @@ def load_pretrained(path: str, network: str) -> dict[str, np.ndarray]:
     Raises UserError, in one line, for anything that is not a readable weight file of `network`.
     """
     arrays = to_ours(read(path), network)
-    scopes = {known: _SCOPES.get(known, known) for known in (network, *_PLACES)}
+    scopes = {known: row.scope or known for known, row in NETWORKS.items()}
     if not any(is_under(name, [scopes[network]]) for name in arrays):
         others = [known for known, scope in scopes.items() if any(is_under(name, [scope]) for name in arrays)]
         found = f"its first name is {one_line(min(arrays))[:80]}" if arrays else "it is empty"

@@ -2,18 +2,18 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from console import UserError
-
-CONVS_PER_STAGE = {"vgg_16": (2, 2, 3, 3, 3), "vgg_19": (2, 2, 4, 4, 4), "vgg_face": (2, 2, 3, 3, 3)}
+from model import NETWORKS, variable_shapes
 
 _LAYER = {  # of keras.applications, and of keras-vggface as in Oxford's own release
     False: re.compile(r"block(\d)_conv(\d)|fc1|fc2|predictions"),
     True: re.compile(r"conv(\d)_(\d)|fc6|fc7|fc8"),
 }
+_PARAMETERS = {"kernel": "weights", "bias": "biases"}
 _FC = {"fc1": "fc6", "fc2": "fc7", "predictions": "fc8"}
 
 
@@ -22,20 +22,24 @@ def from_keras(arrays: Mapping[str, np.ndarray], network: str) -> dict[str, np.n
 
     Raises UserError for the layers of another VGG: Keras' names lack the network, and VGG19's include all of VGG16's.
     """
-    ours, convs = {}, []
+    ours = {}
     for name, array in arrays.items():
         layer, _, parameter = name.rpartition("/")
         matched = _LAYER[network == "vgg_face"].fullmatch(layer)
-        if matched and parameter in ("kernel", "bias"):
-            name, array = f"{network}/{_slim_layer(matched)}", _slim_array(layer, array)
-            name += "/weights" if parameter == "kernel" else "/biases"
-            convs += [matched[1]] if matched[1] and parameter == "kernel" else []
+        if matched and parameter in _PARAMETERS:
+            name, array = f"{network}/{_slim_layer(matched)}/{_PARAMETERS[parameter]}", _slim_array(layer, array)
         ours[name] = array
-    counts = tuple(convs.count(str(stage)) for stage in range(1, 6))
-    for other, expected in CONVS_PER_STAGE.items():
-        if counts == expected != CONVS_PER_STAGE.get(network):
-            raise UserError(f"it has the layers of {other}, not of {network}: use --network {other}")
+    convs = _convolutions(ours, network)
+    if convs != _convolutions(variable_shapes(network), network):
+        for other in (other for other in NETWORKS if other.startswith("vgg_")):
+            if convs == _convolutions(variable_shapes(other), other):
+                raise UserError(f"it has the layers of {other}, not of {network}: use --network {other}")
     return ours
+
+
+def _convolutions(names: Iterable[str], network: str) -> set[str]:
+    """Those of `names` that are convolutions' of `network`, without its name."""
+    return {name.removeprefix(network) for name in names if name.startswith(f"{network}/conv")}
 
 
 def _slim_layer(matched: re.Match[str]) -> str:
