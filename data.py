@@ -15,7 +15,6 @@ import tensorflow as tf
 from dataset import images
 from dataset.layouts import Examples
 
-MEAN_RGB = (123.68, 116.78, 103.94)  # of ImageNet's training images; what TF-Slim's VGG checkpoints were trained with
 AUGMENTATIONS = ("flip", "rotate", "shear", "zoom", "color")
 CENTRAL_VIEW = -1  # the view of validation and inference; views 0, 1, 2, ... are random crops
 
@@ -36,15 +35,15 @@ class Preprocessing:
     image_size: int = 224
     crop_margin: int = 10
     augment: tuple[str, ...] = ()
-    mean_rgb: tuple[float, float, float] = MEAN_RGB
+    mean_rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 def preprocess(image: tf.Tensor, spec: Preprocessing, seed: tf.Tensor | None = None) -> tf.Tensor:
     """The one way from a decoded image, uint8 [H, W, 3] RGB, to the network's input, float32 [S, S, 3].
 
-    A square crop (central, or random where there is a `seed`, int [2]), area resize, minus `MEAN_RGB`. Pure TensorFlow,
-    so that it can live in an exported model. The margin shrinks to a quarter of a short side under 40 px.
+    A square crop (central, or random where there is a `seed`, int [2]), area resize, normalisation by channel. Pure
+    TensorFlow, so that it can live in an exported model. The margin shrinks to a quarter of a short side under 40 px.
     """
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     short = tf.minimum(height, width)

@@ -25,9 +25,8 @@ NETWORKS: dict[str, Architecture] = {
     "resnet_34": torchvision_basic(3, 4, 6, 3),
     "resnet_18": torchvision_basic(2, 2, 2, 2),
     "inception_v3": inception_v3(),
-    "small": vgg(
-        (32,), (64,), (128,), (256,), (256,)
-    ),  # trains from scratch on a laptop: the baseline without ImageNet
+    # Trains from scratch on a laptop: the baseline without ImageNet.
+    "small": vgg((32,), (64,), (128,), (256,), (256,)),
 }
 HEADS = ("fc", "gap", "linear")
 
@@ -112,6 +111,15 @@ class Network(tf.Module):
     def input_shape(self, stage: str) -> Shape:
         """The shape of one example where it enters `stage`."""
         return self._input_shapes[stage]
+
+    def pools(self, stage: str) -> bool:
+        """Whether only the mean over positions of what enters `stage` counts, so that it may be kept instead."""
+        return stage == "gap"
+
+    def input_spec(self, stage: str) -> tf.TensorSpec:
+        """The signature of a batch that enters `stage`, float32; one that pools takes any number of positions."""
+        shape = self._input_shapes[stage]
+        return tf.TensorSpec([None, None, None, shape[-1]] if self.pools(stage) else [None, *shape], tf.float32)
 
     def forward(
         self, x: tf.Tensor, first: str | None = None, last: str | None = None, dropout: Dropout | None = None

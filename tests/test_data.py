@@ -16,7 +16,7 @@ import tensorflow as tf
 from PIL import Image
 
 import data
-from data import CENTRAL_VIEW, MEAN_RGB, Order, Preprocessing, preprocess
+from data import CENTRAL_VIEW, Order, Preprocessing, preprocess
 from dataset import images
 from dataset.layouts import Examples
 
@@ -36,7 +36,7 @@ def coordinates(height: int, width: int) -> np.ndarray:
 def pixels(image: np.ndarray, spec: Preprocessing, seed: tuple[int, int] | None = None) -> np.ndarray:
     """`preprocess` with the mean added again, 0..255."""
     key = None if seed is None else tf.constant(seed, tf.int64)
-    return preprocess(tf.constant(image), spec, key).numpy() + np.float32(MEAN_RGB)
+    return preprocess(tf.constant(image), spec, key).numpy() + np.float32(spec.mean_rgb)
 
 
 def area_weights(size: int, target: int) -> np.ndarray:
@@ -160,7 +160,7 @@ def crop_corners(height: int, width: int, spec: Preprocessing, count: int) -> np
     image = tf.constant(coordinates(height, width))
     root = tf.constant([SEED, 3], tf.int64)
     seeds = tf.data.Dataset.range(count).map(lambda view: tf.random.experimental.stateless_fold_in(root, view))
-    crops = seeds.map(lambda seed: preprocess(image, spec, seed) + tf.constant(MEAN_RGB), num_parallel_calls=2)
+    crops = seeds.map(lambda seed: preprocess(image, spec, seed) + tf.constant(spec.mean_rgb), num_parallel_calls=2)
     found = np.stack(list(crops.as_numpy_iterator()))
     corners = np.rint(found[:, 0, 0, :2]).astype(int)
     for crop, (top, left) in zip(found, corners, strict=True):  # each lies inside the image
@@ -194,7 +194,7 @@ def test_the_seed_alone_decides_what_is_random() -> None:
     assert not np.array_equal(pixels(image, spec, (3, 4)), pixels(image, spec, (3, 5)))
     assert not np.array_equal(pixels(image, spec, (3, 4)), pixels(image, spec, (4, 4)))
     compiled = tf.function(lambda key: preprocess(tf.constant(image), spec, key))
-    assert np.allclose(compiled(tf.constant([3, 4], tf.int64)) + MEAN_RGB, pixels(image, spec, (3, 4)), atol=1e-3)
+    assert np.allclose(compiled(tf.constant([3, 4], tf.int64)), pixels(image, spec, (3, 4)), atol=1e-3)
 
 
 # -- augmentations ----------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_the_seed_alone_decides_what_is_random() -> None:
 def views_of(spec: Preprocessing, count: int, image: np.ndarray) -> np.ndarray:
     root = tf.constant([SEED, 3], tf.int64)
     seeds = tf.data.Dataset.range(count).map(lambda view: tf.random.experimental.stateless_fold_in(root, view))
-    crops = seeds.map(lambda seed: preprocess(tf.constant(image), spec, seed) + tf.constant(MEAN_RGB), 2)
+    crops = seeds.map(lambda seed: preprocess(tf.constant(image), spec, seed) + tf.constant(spec.mean_rgb), 2)
     return np.stack(list(crops.as_numpy_iterator()))
 
 

@@ -19,6 +19,7 @@ from dataset import layouts
 from dataset.contents import fingerprints
 from dataset.layouts import Examples
 from model import Network
+from networks.vgg import MEAN_RGB
 from run import Phase, Run, new_network
 from tests import kill_run
 from tests.conftest import TINY, call
@@ -350,7 +351,7 @@ def test_the_key_changes_with_everything_that_activations_depend_on(examples: Ex
         key(build(), examples.subset(range(COUNT - 1))),
     ]
     keys += [
-        key(build(), examples, spec=data.Preprocessing(32, mean_rgb=(0.0, 0.0, 0.0))),
+        key(build(), examples, spec=data.Preprocessing(32, mean_rgb=(1.0, 0.0, 0.0))),
         key(build(), examples, spec=data.Preprocessing(32, std_rgb=(1.0, 1.0, 2.0))),
     ]
     path = Path(examples.paths[5])
@@ -454,7 +455,7 @@ def test_training_on_cached_views_equals_training_on_the_same_views_uncached(
     trainer = Trainer(new_network(config), optimisation, [phase], frozenset(config.new_variables), settings.seed)
     start = {name: variable.numpy() for name, variable in trainer.model.variables_by_name.items()}
     step = trainer.train_step(phase, decay_over(phase, optimisation))
-    loader = data.image_loader(examples, data.Preprocessing(32, 10, ("flip",)), VIEW_SEED)
+    loader = data.image_loader(examples, data.Preprocessing(32, 10, ("flip",), MEAN_RGB), VIEW_SEED)
     for x, labels, _ in data.train_batches(loader, examples.labels, order, 0, phase.end_step):
         step(x, labels)
     assert int(latest[0]["global_step"]) == phase.end_step

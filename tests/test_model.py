@@ -16,7 +16,7 @@ import model
 from console import UserError
 from devices import compute_dtype
 from model import Network
-from networks.vgg import vgg
+from networks.vgg import MEAN_RGB, vgg
 from weights.names import find_imagenet, load_pretrained
 from weights.restore import restore
 
@@ -52,7 +52,7 @@ def fill(network: Network, seed: int = 1) -> Network:
 def pictures(count: int, size: int, seed: int = 0) -> np.ndarray:
     """What `preprocess` gives for noise: float32 [count, size, size, 3]."""
     rng = np.random.default_rng(seed)
-    return (rng.uniform(0, 255, (count, size, size, 3)) - data.MEAN_RGB).astype(np.float32)
+    return (rng.uniform(0, 255, (count, size, size, 3)) - MEAN_RGB).astype(np.float32)
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -155,10 +155,10 @@ def test_pool5_equals_keras_own_vgg19_on_real_photographs() -> None:
     restore(ours.variables_by_name, load_pretrained(file, "vgg_19"), exclude=["vgg_19/gap"])
     theirs = keras.applications.VGG19(include_top=False, weights=None, input_shape=(224, 224, 3))
     theirs.load_weights(file)
-    spec = data.Preprocessing()
+    spec = data.Preprocessing(mean_rgb=MEAN_RGB)
     photographs = [skimage.data.astronaut(), skimage.data.coffee()]
     x = np.stack([data.preprocess(tf.constant(photograph), spec).numpy() for photograph in photographs])
-    expected = theirs(keras.applications.vgg19.preprocess_input((x + data.MEAN_RGB).astype(np.float32))).numpy()
+    expected = theirs(keras.applications.vgg19.preprocess_input((x + MEAN_RGB).astype(np.float32))).numpy()
     pool5 = ours.forward(tf.constant(x), last="conv5").numpy()
     assert pool5.shape == expected.shape == (2, 7, 7, 512)
     assert np.count_nonzero(expected) > 1000

@@ -11,6 +11,7 @@ import data
 import train
 from dataset import layouts
 from model import Network
+from networks.vgg import MEAN_RGB
 from run import Run
 from tests.conftest import TINY, call, event_values, rows_of, scalars
 from tools import benchmark, find_learning_rate, learning_curve
@@ -126,7 +127,7 @@ def test_tensorboard_gets_inputs_confusion_mistakes_and_settings(sample_images: 
     first = data.Order(len(examples), 16, seed).indices(0)[0]
     load = data.image_loader(examples, config.preprocessing, seed)
     positions = tf.data.Dataset.from_tensors((tf.constant(first, tf.int64), tf.constant(0, tf.int64)))
-    expected = next(iter(load(positions, 1)))[0].numpy()[0] + data.MEAN_RGB
+    expected = next(iter(load(positions, 1)))[0].numpy()[0] + MEAN_RGB
     shown = tf.io.decode_png(pictures["inputs"][2]).numpy()  # after its width and height
     assert np.abs(shown - expected).max() <= 0.51
     assert len(pictures["inputs"]) == 2 + 16
@@ -216,7 +217,7 @@ def test_learning_curve_trains_on_the_drawn_images_with_their_labels(
     given = np.load(weights)
     for name in given.files:
         network.variables_by_name[name].assign(given[name])
-    load = data.image_loader(pool, data.Preprocessing(32), features.VIEW_SEED)
+    load = data.image_loader(pool, data.Preprocessing(32, mean_rgb=MEAN_RGB), features.VIEW_SEED)
     x, *_ = next(iter(data.ordered_batches(load, pool.labels, len(pool), view=0)))
     rows = network.forward(x, last="conv5").numpy()  # [pool, 1, 1, 256]
     assert len(seen) == len(draws)

@@ -18,7 +18,7 @@ import model
 from console import UserError
 from model import Network, variable_shapes
 from networks.layers import Architecture, Convolution, Norm, PooledLinear, Residual, Sequential, Variables
-from networks.vgg import vgg
+from networks.vgg import MEAN_RGB, vgg
 from tests.tiny_networks import filled, random_values, tiny_inception, tiny_resnet
 from weights import names_inception, names_resnet
 
@@ -35,7 +35,7 @@ def photographs(size: int) -> np.ndarray:
     """Two photographs, float32 [2, size, size, 3] RGB in 0..255."""
     spec = data.Preprocessing(size)
     both = [data.preprocess(tf.constant(image), spec) for image in (skimage.data.chelsea(), skimage.data.coffee())]
-    return np.stack(both) + np.array(data.MEAN_RGB, np.float32)
+    return np.stack(both) + np.array(MEAN_RGB, np.float32)
 
 
 def as_input(pixels: np.ndarray, network: str) -> tf.Tensor:
@@ -390,7 +390,7 @@ def test_too_small_an_image_is_refused(network: str, size: int) -> None:
 
 def test_every_row_has_what_preprocessing_and_settings_take_from_it() -> None:
     means = {name: row.mean_rgb for name, row in model.NETWORKS.items()}
-    assert means["vgg_19"] == means["vgg_16"] == means["small"] == data.MEAN_RGB
+    assert means["vgg_19"] == means["vgg_16"] == means["small"] == MEAN_RGB
     assert means["vgg_face"] == (129.1863, 104.7624, 93.5940)
     assert means["resnet_50"] == (123.68, 116.779, 103.939)
     assert {name for name, row in model.NETWORKS.items() if row.from_scratch} == {

@@ -21,7 +21,7 @@ import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
-from data import AUGMENTATIONS, MEAN_RGB, Preprocessing, preprocess
+from data import AUGMENTATIONS, Preprocessing, preprocess, to_picture
 from dataset import images, layouts
 from reports.pictures import image_grid
 from tools.data_flags import add_data_flags, find_images
@@ -67,11 +67,6 @@ class Statistics:
         return np.rint(total / max(1, count)).astype(np.uint8)
 
 
-def shown(x: tf.Tensor) -> np.ndarray:
-    """The network's input as a picture: the mean added back, uint8 [S, S, 3]."""
-    return np.rint(np.clip(x.numpy() + np.array(MEAN_RGB, np.float32), 0, 255)).astype(np.uint8)
-
-
 def look(path: str, crop_margin: int) -> Look | str:
     """Reads one image; the reason why it cannot be used where it cannot."""
     try:
@@ -80,8 +75,9 @@ def look(path: str, crop_margin: int) -> Look | str:
         return str(error)
     size = pixels.shape[0], pixels.shape[1]
     density = np.stack([np.bincount(pixels[..., c].ravel() // (256 // BINS), minlength=BINS) for c in range(3)])
-    centre = preprocess(tf.constant(pixels), Preprocessing(MEAN_SIDE, crop_margin))
-    return Look(size, density / density.sum(axis=1, keepdims=True), shown(centre))
+    spec = Preprocessing(MEAN_SIDE, crop_margin)
+    centre = preprocess(tf.constant(pixels), spec)
+    return Look(size, density / density.sum(axis=1, keepdims=True), to_picture(centre.numpy(), spec))
 
 
 def choose(found: layouts.LabelledImages, count: int, seed: int) -> dict[str, layouts.Examples]:
@@ -138,7 +134,7 @@ def draw_samples(path: Path, train: layouts.Examples, names: Sequence[str], spec
             titles.append(f"{one_line(names[label])}\n{image.shape[1]} × {image.shape[0]} pixels")
             for view in range(VIEWS):
                 seen = preprocess(tf.constant(image), spec, tf.constant([seed, view], tf.int64) + int(index) * 1000)
-                pictures.append(shown(seen))
+                pictures.append(to_picture(seen.numpy(), spec))
                 titles.append(f"\nrandom view {view + 1}")
             break
     image_grid(path, pictures, titles, VIEWS + 1)

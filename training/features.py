@@ -52,7 +52,8 @@ class Cache:
     on the head, the learning rate or the seed of the run, nor on where the images lie, so runs that differ in those
     share it. Rows are always computed from the images, in batches of the same rows, so that one key has one value.
 
-    A network that computes in bfloat16 is stored in bfloat16, losing nothing; float32 is rounded to float16.
+    A network that computes in bfloat16 is stored in bfloat16, losing nothing; float32 is rounded to float16. Of what
+    enters a stage that pools (the `gap` head) only the mean over positions is kept, in float32.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Cache:
         root: str,
     ):
         self.model, self.stage, self.examples, self.views = model, stage, examples, views
-        self.shape = model.input_shape(stage)
-        self.dtype = np.dtype(ml_dtypes.bfloat16 if model.compute_dtype == tf.bfloat16 else np.float16)
+        self.shape, exact = model.input_shape(stage), model.compute_dtype == tf.bfloat16
+        self.dtype = np.dtype(ml_dtypes.bfloat16 if exact else np.float16)
+        if model.pools(stage):
+            self.shape, self.dtype = (1, 1, self.shape[-1]), np.dtype(np.float32)
         self._description = {
             "format": 2,
             "network": model.network,
@@ -214,14 +217,13 @@ def fill(caches: Sequence[Cache], images: data.Load, stop: StopSignals) -> None:
 def _activations(model: Network, stages: Sequence[str]):  # type: ignore[no-untyped-def]
     """The compiled function images -> what enters each of `stages` (in order)."""
 
-    @tf.function(
-        input_signature=[tf.TensorSpec([None, *model.input_shape(model.stages[0])], tf.float32)], autograph=False
-    )
+    @tf.function(input_signature=[model.input_spec(model.stages[0])], autograph=False)
     def forward(x: tf.Tensor) -> list[tf.Tensor]:
         entered, outputs = model.stages[0], []
         for stage in stages:
             x = model.forward(x, first=entered, last=model.stages[model.stages.index(stage) - 1])
-            outputs.append(x)
+            pooled = tf.reduce_mean(tf.cast(x, tf.float32), axis=[1, 2], keepdims=True) if model.pools(stage) else x
+            outputs.append(pooled)
             entered = stage
         return outputs
 

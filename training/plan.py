@@ -57,7 +57,7 @@ def make_phases(settings: Settings, network: Network, new: list[str], train_coun
     """The steps of the run: with --head-epochs, first those that train the new layers alone."""
     new_stages = {network.stage_of(name) for name in new}
     images, head = network.stages[0], next(stage for stage in network.head_stages if stage in new_stages)
-    train_from = {"head": head, "": images}.get(settings.train_from, settings.train_from)
+    train_from = head if settings.train_from == "head" else settings.train_from
     if train_from not in network.stages:
         raise UserError(
             f"--train-from {train_from}: {network.network} with the {network.head} head has the stages "
@@ -157,9 +157,6 @@ def check_settings(run: Run, config: RunConfig, settings: Settings) -> None:
         old, new = config.settings.get(field.name, field.default), getattr(settings, field.name)
         new = list(new) if isinstance(new, tuple) else new
         old = list(old) if isinstance(old, tuple) else old
-        # An earlier version had "conv1" where today's default means the first stage of whatever network.
-        if field.name == "train_from" and {old, new} == {"conv1", ""}:
-            continue
         if old != new and field.name not in NOT_COMPARED:
             differing.append(f"{flag_name(field)} was {old}, now {new}")
     if differing:

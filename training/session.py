@@ -20,7 +20,7 @@ from console import StopSignals, UserError, one_line, progress_bar
 from dataset import images, layouts
 from dataset.contents import Fingerprint
 from files import check_folder, write_text
-from model import Network
+from model import NETWORKS, Network
 from run import DataRecord, ModelRecord, Phase, Run, RunConfig, WeightsRecord, new_network
 from training import features, plan
 from training.evaluation import find_faults, fingerprint_images, readable_failures, write_scores
@@ -64,16 +64,24 @@ class Prepared:
 
 def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> Prepared:
     """Decides all that is decided when a run begins; writes nothing. Raises UserError for what the user can fix."""
+    settings = settings.resolved()
+    row = NETWORKS[settings.network]
     devices.use_threads(devices.default_threads())
     found = plan.list_images(settings, data_path)
     arrays: dict[str, np.ndarray] = {}
     source = settings.pretrained
+    if source == "none" and not row.from_scratch:
+        raise UserError(
+            f"--pretrained none: {settings.network} keeps the statistics of its batch normalisation as pretrained, so "
+            "it can't be trained from scratch: give it weights, or take --network small"
+        )
     if source != "none":
         source = find_imagenet(settings.network) if source == "imagenet" else source
         arrays = load_pretrained(source, settings.network)
     head, why = settings.head, "as asked"
     if head == "auto":
-        has_fc = all(f"{settings.network}/{stage}/weights" in arrays for stage in ("fc6", "fc7"))
+        hidden = list(row.fc(1))[:-1]
+        has_fc = bool(hidden) and all(f"{row.scope or settings.network}/{stage}/weights" in arrays for stage in hidden)
         head, why = "fc" if has_fc else "gap", f"the weights bring {'' if has_fc else 'no '}fc6 and fc7"
     model = ModelRecord(settings.network, head, len(found.class_names), settings.image_size, settings.seed)
     dtype = devices.compute_dtype(settings.precision)
@@ -97,7 +105,9 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
         model=model,
         head_reason=why,
         precision=dtype.name,
-        preprocessing=data.Preprocessing(settings.image_size, settings.crop_margin, settings.augment),
+        preprocessing=data.Preprocessing(
+            settings.image_size, settings.crop_margin, settings.augment, row.mean_rgb, row.std_rgb
+        ),
         phases=plan.make_phases(settings, network, new, len(examples["train"])),
         pretrained=WeightsRecord(
             source, report.summary(), report.restored, [list(n) for n in report.new], report.unused
@@ -136,9 +146,9 @@ def restore_pretrained(network: Network, arrays: dict[str, np.ndarray], source: 
 
     Without arrays (`--pretrained none`) nothing is restored.
     """
-    last = f"{network.network}/{network.stages[-1]}"
-    may_be_new = [f"{network.network}/{stage}" for stage in (network.head_stages if arrays else network.stages)]
-    return restore(network.variables_by_name, arrays, exclude=[last], may_be_new=may_be_new, source=source)
+    last = list(network.variables_from(network.stages[-1]))
+    may_be_new = list(network.variables_from(network.head_stages[0]) if arrays else network.variables_by_name)
+    return restore(network.variables_by_name, arrays, exclude=last, may_be_new=may_be_new, source=source)
 
 
 def _bad_images(settings: Settings, found: layouts.LabelledImages) -> list[str]:
@@ -173,6 +183,7 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
     """
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
+    settings = settings.resolved()
     if settings.image_root:
         settings = dataclasses.replace(settings, image_root=os.path.abspath(settings.image_root))
     _refuse_inside(data_path, {"--run": run.path, "--cache-dir": Path(settings.cache_dir)})

@@ -27,14 +27,15 @@ class Settings:
 
     pretrained: str = _setting(
         "imagenet",
-        "weights to start from: a file (TF-Slim checkpoint, Keras HDF5, npz), a run directory, "
-        "'imagenet' (data/vgg_19.ckpt if there, else the pip-installed convolution weights), or 'none'",
+        "weights to start from: a file (TF-Slim checkpoint, Keras HDF5, TensorFlow.js, safetensors, npz), a run "
+        "directory, 'imagenet' (a file of the network's name in data/, for vgg_19 else the pip-installed convolution "
+        "weights), or 'none'",
     )
     network: str = _setting("vgg_19", "architecture", choices=tuple(NETWORKS))
     head: str = _setting(
         "auto",
-        "what follows conv5: fc6, fc7 and fc8; global average pooling and a linear layer; a linear layer on the "
-        "flattened features; 'auto': fc if the weights bring fc6 and fc7, else gap",
+        "what follows the convolutions: the published layers (VGG: fc6, fc7, fc8); a linear layer on globally averaged "
+        "features; a linear layer on all features; 'auto': fc if the weights bring fc6 and fc7, else gap",
         choices=("auto", *HEADS),
     )
     train_from: str = _setting(
@@ -69,7 +70,7 @@ class Settings:
     patience: int = _setting(
         0, "stop after N epochs without a better validation accuracy or loss; 0: never", least=0, below=MANY
     )
-    image_size: int = _setting(224, "side of the network's input, pixels", least=32, below=2049)
+    image_size: int = _setting(0, "side of the network's input, pixels; default: as published", least=0, below=2049)
     crop_margin: int = _setting(10, "the crop is a square of side min(h, w) - 2 * margin, pixels", least=0, below=MANY)
     augment: tuple[str, ...] = _setting((), "random changes of training images beside the crop", choices=AUGMENTATIONS)
     examples_per_class: int = _setting(0, "train on N images of each class; 0: all", least=0, below=MANY)
@@ -104,6 +105,13 @@ class Settings:
             raise UserError(
                 f"--accumulate {self.accumulate}: more parts than --batch-size {self.batch_size} has images"
             )
+
+    def resolved(self) -> "Settings":
+        """With the network's own image size and first stage where none is given."""
+        row = NETWORKS[self.network]
+        return dataclasses.replace(
+            self, image_size=self.image_size or row.image_size, train_from=self.train_from or next(iter(row.stages))
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""

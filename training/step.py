@@ -107,12 +107,9 @@ class Trainer(tf.Module):
         """The compiled step of a phase: (x [B, *input], labels int64 [B]) -> updates the variables in place."""
         names = list(self.model.variables_from(phase.train_from))
         trained = [self.model.variables_by_name[name] for name in names]
-        shape = self.model.input_shape(phase.input_stage)
+        spec = self.model.input_spec(phase.input_stage)
 
-        @tf.function(
-            input_signature=[tf.TensorSpec([None, *shape], tf.float32), tf.TensorSpec([None], tf.int64)],
-            autograph=False,
-        )
+        @tf.function(input_signature=[spec, tf.TensorSpec([None], tf.int64)], autograph=False)
         def step(x: tf.Tensor, labels: tf.Tensor) -> None:
             gradients, loss, correct = self._accumulate(x, labels, phase, trained)
             self._update(names, gradients, loss, schedule(self.step))
@@ -200,9 +197,8 @@ class Trainer(tf.Module):
 
 def compiled_forward(model: Network, input_stage: str | None = None) -> Callable[[tf.Tensor], tf.Tensor]:
     """The compiled network from `input_stage` (default: images): x [B, *input] -> logits [B, classes] float32."""
-    shape = model.input_shape(input_stage or model.stages[0])
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.float32)], autograph=False)
+    @tf.function(input_signature=[model.input_spec(input_stage or model.stages[0])], autograph=False)
     def forward(x: tf.Tensor) -> tf.Tensor:
         return model.forward(x, first=input_stage)
 
