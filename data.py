@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from dataset import images
 from dataset.layouts import Examples
+from devices import ALL, Share
 
 AUGMENTATIONS = ("flip", "rotate", "shear", "zoom", "color")
 CENTRAL_VIEW = -1  # the view of validation and inference; views 0, 1, 2, ... are random crops
@@ -140,12 +141,14 @@ class Order:
 
     count: examples; batch_size: of a step, where the last one of an epoch may be shorter.
     views: cached random views that the epochs take in turn; 0: every epoch has a random view of its own.
+    share: of every step, what this process loads.
     """
 
     count: int
     batch_size: int
     seed: int
     views: int = 0
+    share: Share = ALL
 
     @property
     def epoch_steps(self) -> int:
@@ -182,23 +185,59 @@ class Order:
 def train_batches(load: Load, labels: np.ndarray, order: Order, first_step: int, end_step: int) -> tf.data.Dataset:
     """Batches (x, labels int64 [B], indices int64 [B]) of the steps [first_step, end_step) of a run.
 
-    Step s is always the same batch, wherever the stream starts. `end_step` must end an epoch.
+    Step s is always the same batch, wherever the stream starts. `end_step` must end an epoch. Of a batch that several
+    processes share, x is the rows of `order.share`, perhaps none, and labels and indices are those of the whole batch.
     """
     first_epoch, within = divmod(first_step, order.epoch_steps)
     first_start = within * order.batch_size
 
     def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
         start = tf.where(epoch == first_epoch, tf.constant(first_start, tf.int64), tf.constant(0, tf.int64))
-        return load(order.positions(epoch, start), order.batch_size)
+        positions = order.positions(epoch, start)
+        if order.share.parts == 1:
+            return load(positions, order.batch_size)
+        return _load_share(load, positions, order)
 
     epochs = tf.data.Dataset.range(first_epoch, end_step // order.epoch_steps)
     return _with_labels(epochs.flat_map(epoch_batches), labels)
 
 
-def ordered_batches(load: Load, labels: np.ndarray, batch_size: int, view: int = CENTRAL_VIEW) -> tf.data.Dataset:
-    """Batches (x, labels, indices) of one view of every example, in order, the last short batch included."""
-    positions = tf.data.Dataset.range(len(labels)).map(lambda index: (index, tf.constant(view, tf.int64)))
-    return _with_labels(load(positions, batch_size), labels)
+def ordered_batches(
+    load: Load, labels: np.ndarray, batch_size: int, view: int = CENTRAL_VIEW, share: Share = ALL
+) -> tf.data.Dataset:
+    """Batches (x, labels, indices) of one view of every example, in order, the last short batch included.
+
+    Of a `share` of the examples alone where one is given; without an example it is one empty batch.
+    """
+    first, end = share.bounds(len(labels))
+    positions = tf.data.Dataset.range(first, end).map(lambda index: (index, tf.constant(view, tf.int64)))
+    batches = load(positions, batch_size)
+    return _with_labels(batches if first < end else batches.concatenate(_empty_batch(batches)), labels)
+
+
+def _load_share(load: Load, positions: tf.data.Dataset, order: Order) -> tf.data.Dataset:
+    """Batches (x of `order.share`, indices of the whole step): `positions` of an epoch from a step on, cut unread."""
+
+    def cut(indices: tf.Tensor, views: tf.Tensor) -> tf.data.Dataset:
+        first, end = order.share.bounds(tf.size(indices))
+        return tf.data.Dataset.from_tensor_slices((indices[first:end], views[first:end]))
+
+    steps = positions.batch(order.batch_size)
+    # All steps but the last of an epoch have the same number of rows, and the last one has no more.
+    first, end = order.share.bounds(order.batch_size)
+    ours = load(steps.flat_map(cut), end - first)
+    last_first, last_end = order.share.bounds(order.count - (order.epoch_steps - 1) * order.batch_size)
+    if last_first == last_end:
+        ours = ours.concatenate(_empty_batch(ours))
+    return tf.data.Dataset.zip(ours, steps).map(lambda of_share, of_step: (of_share[0], of_step[0]))
+
+
+def _empty_batch(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """One batch like those of `batches`, without a row."""
+    empty = [
+        tf.zeros([0 if size is None else size for size in spec.shape], spec.dtype) for spec in batches.element_spec
+    ]
+    return tf.data.Dataset.from_tensors(tuple(empty))
 
 
 def _with_labels(batches: tf.data.Dataset, labels: np.ndarray) -> tf.data.Dataset:

@@ -1,10 +1,22 @@
-"""What the hardware offers: precision and threads."""
+"""What the hardware offers: precision, threads, and the devices that compute a step together."""
 
+import contextlib
+import functools
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from console import cores
+from console import UserError, cores, one_line
 from files import warn_once
 
 LEAST_THREADS = 8
@@ -29,7 +41,7 @@ def use_xla(setting: str, deterministic: bool) -> bool:
     """Whether XLA compiles the training step: `on`, `off`, or `auto`.
 
     `auto` is on where there is a GPU; a CPU is slower with it (docs/benchmarks.md), and it isn't `deterministic`: it
-    chooses among algorithms by timing them. Dropout's masks are then other ones: XLA gives its numbers in another order.
+    chooses among algorithms by timing them. Dropout's masks are then others: XLA gives its numbers in another order.
     """
     return setting == "on" or (setting == "auto" and not deterministic and bool(tf.config.list_physical_devices("GPU")))
 
@@ -46,8 +58,8 @@ def gpu_problem() -> str | None:
         major, minor = details.get("compute_capability", (0, 0))
         if major >= 12 and not {f"sm_{major}{minor}", f"compute_{major}{minor}"} & set(built_for):
             return (
-                f"{details.get('device_name', 'the GPU')} has compute capability {major}.{minor}, where this TensorFlow "
-                f"({tf.__version__}) is known to fail: use another GPU, or the CPU with CUDA_VISIBLE_DEVICES=-1"
+                f"{details.get('device_name', 'the GPU')} has compute capability {major}.{minor}, where this "
+                f"TensorFlow ({tf.__version__}) is known to fail: use another GPU, or the CPU with CUDA_VISIBLE_DEVICES=-1"
             )
     return None
 
@@ -71,3 +83,200 @@ def use_threads(count: int) -> None:
         warn_once(
             f"TensorFlow already uses {used} threads, not the {count} of this run: results can differ in rounding"
         )
+
+
+# -- several devices, several hosts -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part number `part` of `parts`: neighbouring rows, as many as in every other part or one more."""
+
+    part: int = 0
+    parts: int = 1
+
+    def bounds(self, rows: Any) -> tuple[Any, Any]:
+        """The first row of this part of `rows` rows, and the one after its last; of an int, or of an int32 tensor."""
+        sizes = [(rows + self.parts - 1 - part) // self.parts for part in range(self.part + 1)]
+        return sum(sizes[:-1]), sum(sizes)
+
+
+ALL = Share()
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The devices that compute every step together: those of this process, and those of the other workers.
+
+    Each holds all variables. What is called a batch is divided twice: among the workers, each of which loads its share
+    alone, and that among the worker's devices.
+
+    strategy: TensorFlow's, None on one device. share: which worker this is, of how many.
+    """
+
+    strategy: tf.distribute.Strategy | None = None
+    share: Share = ALL
+
+    @property
+    def workers(self) -> int:
+        return self.share.parts
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this worker is the one that writes the run."""
+        return self.share.part == 0
+
+    @property
+    def count(self) -> int:
+        """Devices of all workers."""
+        return self.strategy.num_replicas_in_sync if self.strategy else 1
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Variables made in it exist on every device."""
+        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
+
+    def run(self, function: Callable[..., Any], x: tf.Tensor, *others: tf.Tensor) -> list[Any]:
+        """Calls `function(rows, first, *others)` on each device of this process, and returns their results.
+
+        `rows` are the device's share of x, cut where x lies, and `first` is the place of the first of them.
+        """
+        if self.strategy is None:
+            return [function(x, 0, *others)]
+        parts = self.count // self.workers
+
+        def on_device(x: tf.Tensor, *others: tf.Tensor) -> Any:
+            number = tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group)
+            first, end = Share(number % parts, parts).bounds(tf.shape(x)[0])
+            with tf.device("CPU:0"):
+                rows = x[first:end]
+            return function(rows, first, *others)
+
+        return list(self.strategy.experimental_local_results(self.strategy.run(on_device, (x, *others))))
+
+    def sum(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Within `run`: each value summed over all devices of all workers, the same bits on each of them."""
+        if self.strategy is None:
+            return values
+        return list(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values))
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of all workers, [n, k] float32 with any n, in the workers' order. Every worker has to call it."""
+        if self.workers == 1:
+            return rows
+        return self._gather(rows).numpy()
+
+    def largest(self, value: int) -> int:
+        """The largest of the workers' values, below 2^24. Every worker has to call it."""
+        return int(self.gather(np.array([[value]], np.float32)).max())
+
+    @functools.cached_property
+    def _gather(self) -> Any:
+        def on_device(rows: tf.Tensor, first: Any) -> tf.Tensor:
+            return tf.distribute.get_replica_context().all_gather(tf.identity(rows), axis=0)
+
+        @tf.function(input_signature=[tf.TensorSpec([None, None], tf.float32)], autograph=False)
+        def gather(rows: tf.Tensor) -> tf.Tensor:
+            return self.run(on_device, rows)[0]
+
+        return gather
+
+    def check_equal(self, value: int, what: str) -> None:
+        """Raises UserError, naming the first worker whose 32-bit `value` is not the chief's."""
+        halves = self.gather(np.array([[value >> 16, value & 0xFFFF]], np.float32))
+        if len(others := np.flatnonzero((halves != halves[0]).any(axis=1))):
+            raise UserError(
+                f"worker {others[0]} has other {what} than worker 0: give all workers the same files, the run's folder "
+                "on a file system that they share"
+            )
+
+    @contextlib.contextmanager
+    def readable_failures(self) -> Iterator[None]:
+        """Turns TensorFlow's error where another worker has gone into a UserError."""
+        try:
+            yield
+        except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
+            if self.workers == 1:
+                raise
+            raise UserError(
+                "another worker has ended or can't be reached: see what it wrote, then start the same command on all "
+                f"workers: the run is resumed ({one_line(error.message)[:200]})"
+            ) from None
+
+
+ONE_DEVICE = Replicas()
+
+
+def replicas(count: int) -> Replicas:
+    """The devices to train on: of this machine `count` (0: every GPU), and those of the other workers of TF_CONFIG.
+
+    To be called before TensorFlow computes anything. Without a GPU a machine is one device; a `count` divides its CPU
+    into so many, which is for tests. Raises UserError for a TF_CONFIG that can't be used; waits for the other workers.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus and count > len(gpus):
+        raise UserError(f"--devices {count}: TensorFlow sees {len(gpus)} GPU")
+    if gpus and count:
+        tf.config.set_visible_devices(gpus[:count], "GPU")
+    cluster = _read_cluster(os.environ.get("TF_CONFIG", ""))
+    if cluster:
+        return _join(*cluster)
+    kind, count = ("GPU", count or len(gpus)) if gpus else ("CPU", count or 1)
+    if count == 1:
+        return ONE_DEVICE
+    if not gpus:
+        one = tf.config.LogicalDeviceConfiguration()
+        tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], [one] * count)
+    return Replicas(tf.distribute.MirroredStrategy([f"{kind}:{number}" for number in range(count)]))
+
+
+def _read_cluster(text: str) -> tuple[list[str], int] | None:
+    """The addresses of the workers and which of them this process is; None where TF_CONFIG names no other worker."""
+    if not text.strip():
+        return None
+    try:
+        config = json.loads(text)
+        jobs, task = config["cluster"], config["task"]
+        addresses = [(job, number) for job in ("chief", "worker") for number in range(len(jobs.get(job, [])))]
+        hosts = [jobs[job][number] for job, number in addresses]
+        valid = set(jobs) <= {"chief", "worker"} and all(re.fullmatch(r"\S+:\d+", host) for host in hosts)
+        place = addresses.index((task["type"], int(task["index"])))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise UserError(
+            f"TF_CONFIG {one_line(text[:200])!r}: not of the form "
+            '{"cluster": {"worker": ["HOST:PORT", "HOST:PORT"]}, "task": {"type": "worker", "index": 0}} with an index '
+            "that the list has: correct it, or unset it to train on this machine alone"
+        )
+    return (hosts, place) if len(hosts) > 1 else None
+
+
+def _join(hosts: list[str], place: int) -> Replicas:
+    """Waits for the other workers, at most CLUSTER_TIMEOUT seconds (an environment variable)."""
+    text = os.environ.get("CLUSTER_TIMEOUT", "300")
+    if not text.isdecimal():
+        raise UserError(f"CLUSTER_TIMEOUT {one_line(text)!r}: not a number of seconds")
+
+    def give_up() -> None:  # TensorFlow waits where Python can't interrupt it
+        print(
+            f"error: not all of the {len(hosts)} workers of TF_CONFIG came within {text} s ({', '.join(hosts)}): start "
+            "train.py on each, see that they reach each other, or set CLUSTER_TIMEOUT to more seconds",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    print(f"worker     {place} of {len(hosts)}; waiting for the others, at most {text} s", flush=True)
+    timer = threading.Timer(int(text), give_up)
+    timer.daemon = True
+    timer.start()
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        joined = Replicas(tf.distribute.MultiWorkerMirroredStrategy(), Share(place, len(hosts)))
+        joined.largest(0)
+    except (tf.errors.OpError, RuntimeError) as error:
+        raise UserError(f"TF_CONFIG: worker {place}, {hosts[place]}, can't join: {one_line(error)[:300]}") from None
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, on_interrupt)
+    return joined

@@ -188,13 +188,15 @@ class _Rows:
         self.done = first + len(rows)
 
 
-def fill(caches: Sequence[Cache], images: data.Load, stop: StopSignals) -> None:
+def fill(caches: Sequence[Cache], images: data.Load, stop: StopSignals, worker: int = 0) -> None:
     """Computes what is missing in caches of one split, in the order of their stages, by one pass over its images.
 
-    Rows so far are kept when a signal stops it.
+    Rows so far are kept when a signal stops it. Each `worker` of a run begins with another view, so that workers that
+    share a disk divide the views.
     """
-    model, examples = caches[0].model, caches[0].examples
-    for view in caches[0].views:
+    model, examples, views = caches[0].model, caches[0].examples, caches[0].views
+    first = worker % len(views)
+    for view in views[first:] + views[:first]:
         with contextlib.ExitStack() as stack:
             # In the order of the stages, so that two processes never wait for each other.
             rows = [(c, stack.enter_context(c.appending(view, stop))) for c in caches if not c.is_filled(view)]
@@ -238,6 +240,7 @@ def cached_loads(
     spec: data.Preprocessing,
     root: str,
     stop: StopSignals,
+    worker: int = 0,
 ) -> dict[str, dict[str, data.Load]]:
     """{stage: {split: loader of what enters the stage}} for the phases that train on cached views.
 
@@ -259,7 +262,7 @@ def cached_loads(
             f"caching    {missing} activations that enter {', '.join(in_order)} in {root}/: {size:.1f} MB", flush=True
         )
         for split, of_split in examples.items():
-            fill(caches[split], data.image_loader(of_split, spec, VIEW_SEED), stop)
+            fill(caches[split], data.image_loader(of_split, spec, VIEW_SEED), stop, worker)
     return {stage: {split: caches[split][place].loader() for split in examples} for place, stage in enumerate(in_order)}
 
 

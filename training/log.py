@@ -87,3 +87,21 @@ class Log:
 
     def draw_curves(self) -> None:
         draw_curves(self._run.path / "curves.png", self._run.read_lines("metrics.jsonl"))
+
+
+class NoLog:
+    """The log of a worker that writes nothing."""
+
+    lines = 0
+
+    def restart_clock(self, images: int) -> None:
+        pass
+
+    def pause_clock(self, seconds: float) -> None:
+        pass
+
+    def training(self, record: dict, images: int) -> None:
+        pass
+
+    def validation(self, record: dict, images_per_second: float) -> None:
+        pass

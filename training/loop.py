@@ -18,7 +18,7 @@ from console import Stopped, StopSignals, UserError, one_line
 from dataset.layouts import Examples
 from reports import metrics
 from run import Phase, Run
-from training.log import Log, Pacer
+from training.log import Log, NoLog, Pacer
 from training.step import Schedule, Trainer, compiled_forward, decay_over, predict
 
 LOGS_PER_EPOCH = 10
@@ -38,7 +38,7 @@ class Progress:
 
 
 class Keeper:
-    """The checkpoints of a run, and its progress, which they hold.
+    """The checkpoints of a run, and its progress, which they hold. Of several workers the chief alone writes them.
 
     Args:
         patience: end after so many epochs of the last phase without a better validation accuracy or loss; 0: never.
@@ -79,7 +79,8 @@ class Keeper:
     def save(self) -> None:
         """A checkpoint that a resumed run continues from."""
         tensors = {**self._trainer.state(), "progress": json.dumps(dataclasses.asdict(self.progress))}
-        self._pacer.timed(lambda: self._run.save("latest", tensors, keep=2))
+        if self._trainer.replicas.is_chief:
+            self._pacer.timed(lambda: self._run.save("latest", tensors, keep=2))
 
     def due(self, epoch_ends: bool) -> bool:
         """At the end of an epoch and after `LONGEST_UNSAVED` within one, unless saving takes too much of the time."""
@@ -92,7 +93,8 @@ class Keeper:
         better = (accuracy, -loss) > (progress.best_accuracy, -progress.best_loss)
         if better:
             tensors = {**self._trainer.model.variables_by_name, "global_step": self._trainer.step}
-            self._run.save("best", tensors, keep=1)
+            if self._trainer.replicas.is_chief:
+                self._run.save("best", tensors, keep=1)
             progress.best_accuracy, progress.best_loss, progress.best_step = accuracy, loss, step
         progress.waited = 0 if better else progress.waited + 1
         progress.validated_step = step
@@ -109,7 +111,7 @@ class Loop:
         train: Examples,
         val: Examples,
         keeper: Keeper,
-        log: Log,
+        log: Log | NoLog,
         stop: StopSignals,
     ):
         self.trainer, self.order, self.train, self.val = trainer, order, train, val
@@ -129,8 +131,8 @@ class Loop:
         order = dataclasses.replace(self.order, views=phase.views)
         schedule = decay_over(phase, self.trainer.settings)
         train_step = self.trainer.train_step(phase, schedule)
-        forward = compiled_forward(self.trainer.model, phase.input_stage)
-        val_batches = data.ordered_batches(val_load, self.val.labels, order.batch_size)
+        forward = compiled_forward(self.trainer.model, phase.input_stage, self.trainer.replicas)
+        val_batches = self._val_batches(val_load)
         try:
             if step == phase.first_step:
                 progress.waited = 0
@@ -148,13 +150,23 @@ class Loop:
                     self._log_training(phase, step, schedule, bar)
                 if epoch_ends:
                     self._validate(phase, step, forward, val_batches, bar)
-                self.stop.check()
+                self._check_stop()
                 if self.keeper.due(epoch_ends):
                     self._save(schedule)
         except Stopped:
             self._save(schedule)
             raise
         self._save(schedule)
+
+    def _val_batches(self, load: data.Load) -> tf.data.Dataset:
+        """What this worker validates."""
+        share = self.trainer.replicas.share
+        return data.ordered_batches(load, self.val.labels, -(-self.order.batch_size // share.parts), share=share)
+
+    def _check_stop(self) -> None:
+        """Raises Stopped after a signal, at the same step on all workers, whichever of them got it."""
+        if received := self.trainer.replicas.largest(self.stop.received or 0):
+            raise Stopped(received)
 
     def _save(self, schedule: Schedule) -> None:
         begin = time.monotonic()
@@ -165,8 +177,10 @@ class Loop:
     def _validate(self, phase: Phase, step: int, forward, val_batches: tf.data.Dataset, bar: tqdm) -> None:  # type: ignore[no-untyped-def]
         """Scores the whole validation split and keeps the variables if they are the best so far."""
         begin, count = time.monotonic(), len(self.val)
-        watched = self.stop.watch(val_batches, count, "validation", size=lambda batch: len(batch[0]))
-        logits = predict(forward, watched)
+        replicas = self.trainer.replicas
+        if replicas.workers == 1:  # none of several stops alone: the others would wait for it
+            val_batches = self.stop.watch(val_batches, count, "validation", size=lambda batch: len(batch[0]))
+        logits = replicas.gather(predict(forward, val_batches))
         if not np.isfinite(logits).all():
             first = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
             raise UserError(

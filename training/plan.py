@@ -19,7 +19,7 @@ from training.settings import Settings, flag_name
 from training.step import Optimisation
 
 COLUMNS = ("image", "class", "split", "bytes", "modified_ns", "changed_ns", "content")
-NOT_COMPARED = ("cache_dir", "image_root")  # settings that a resumed run may change
+NOT_COMPARED = ("cache_dir", "image_root", "devices")  # settings that a resumed run may change
 
 
 def list_images(settings: Settings, data_path: str) -> layouts.LabelledImages:

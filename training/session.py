@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,12 +20,13 @@ import devices
 from console import StopSignals, UserError, one_line, progress_bar
 from dataset import images, layouts
 from dataset.contents import Fingerprint
+from devices import ONE_DEVICE, Replicas
 from files import check_folder, write_text
 from model import NETWORKS, Network
 from run import DataRecord, ModelRecord, Phase, Run, RunConfig, WeightsRecord, new_network
 from training import features, plan
 from training.evaluation import find_faults, fingerprint_images, readable_failures, write_scores
-from training.log import Log
+from training.log import Log, NoLog
 from training.loop import Keeper, Loop
 from training.settings import Settings
 from training.step import Trainer
@@ -48,18 +50,27 @@ class Prepared:
     prints: dict[str, Fingerprint]
     network: Network
 
-    def trainer(self, phases: Sequence[Phase] | None = None) -> Trainer:
-        """The network with its optimiser."""
+    def trainer(self, phases: Sequence[Phase] | None = None, replicas: Replicas = ONE_DEVICE) -> Trainer:
+        """The network with its optimiser; on several devices a copy of the network."""
         optimisation = plan.optimisation(self.settings, self.examples["train"])
         new = frozenset(self.config.new_variables)
-        return Trainer(self.network, optimisation, list(phases or self.config.phases), new, self.settings.seed)
+        network = self.network
+        if replicas.strategy:
+            with replicas.scope():
+                network = new_network(self.config)
+            copy_variables(self.network, network)
+        return Trainer(network, optimisation, list(phases or self.config.phases), new, self.settings.seed, replicas)
 
     def cached_loads(
-        self, phases: Sequence[Phase], examples: Mapping[str, layouts.Examples], stop: StopSignals
+        self,
+        phases: Sequence[Phase],
+        examples: Mapping[str, layouts.Examples],
+        stop: StopSignals,
+        worker: int = 0,
     ) -> dict[str, dict[str, data.Load]]:
         """{stage: {split: loader of what enters the stage}} for the phases that train on cached views."""
         spec, root = self.config.preprocessing, self.settings.cache_dir
-        return features.cached_loads(self.network, phases, examples, self.prints, spec, root, stop)
+        return features.cached_loads(self.network, phases, examples, self.prints, spec, root, stop, worker)
 
 
 def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> Prepared:
@@ -187,6 +198,11 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
     if settings.image_root:
         settings = dataclasses.replace(settings, image_root=os.path.abspath(settings.image_root))
     _refuse_inside(data_path, {"--run": run.path, "--cache-dir": Path(settings.cache_dir)})
+    devices.use_threads(run.config().threads if run.exists() else devices.default_threads())
+    replicas = devices.replicas(settings.devices)
+    _check_parts(settings, replicas)
+    if not replicas.is_chief:
+        return _train_with_chief(settings, data_path, run, replicas)
     prepared = None if run.exists() else prepare(settings, data_path, command)
     if prepared and any(phase.views for phase in prepared.config.phases):
         check_folder("--cache-dir", settings.cache_dir)
@@ -197,10 +213,28 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
         if not run.exists():
             plan.write_images(run, plan.record_images(prepared.found, prepared.examples, prepared.prints))
             run.create(prepared.config)
-        for line in _introduction(run, prepared.config, prepared.found.remarks()):
+        for line in _introduction(run, prepared.config, prepared.found.remarks(), replicas):
             print(line, flush=True)
-        with readable_failures():
-            return _train(run, prepared, stop)
+        with readable_failures(), replicas.readable_failures():
+            replicas.largest(0)  # the other workers begin with the run as it is now
+            return _train(run, prepared, stop, replicas)
+
+
+def _train_with_chief(settings: Settings, data_path: str, run: Run, replicas: Replicas) -> dict[str, Any]:
+    """`train` of a worker that computes with the chief and writes nothing."""
+    with StopSignals() as stop, readable_failures(), replicas.readable_failures():
+        replicas.largest(0)  # until the chief has made the run
+        if not run.exists():
+            raise UserError(f"--run {run.path}: not here, but made by worker 0: name a folder that all workers share")
+        return _train(run, resume(run, settings, data_path), stop, replicas)
+
+
+def _check_parts(settings: Settings, replicas: Replicas) -> None:
+    """Raises UserError for settings that several devices can't keep."""
+    if settings.batch_size < replicas.count:
+        raise UserError(f"--batch-size {settings.batch_size}: less than an image for each of {replicas.count} devices")
+    if settings.compile == "on" and replicas.count > 1:
+        raise UserError(f"--compile on: XLA compiles a step on one device, not on {replicas.count}: leave it out")
 
 
 def _refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
@@ -211,8 +245,11 @@ def _refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
             raise UserError(f"{flag} {place} lies inside DATA, {data_path}: name a folder elsewhere")
 
 
-def _introduction(run: Run, config: RunConfig, remarks: str) -> list[str]:
-    gpus = tf.config.list_physical_devices("GPU")
+def _introduction(run: Run, config: RunConfig, remarks: str, replicas: Replicas) -> list[str]:
+    gpus = len(tf.config.get_visible_devices("GPU"))
+    device = f"{gpus} GPU" if gpus else "CPU: TensorFlow sees no GPU"
+    if replicas.count > 1:
+        device += f", {replicas.count} devices of {replicas.workers} worker{'s' if replicas.workers > 1 else ''}"
     counts = ", ".join(f"{count} {split}" for split, count in config.counts.items())
     return [
         f"run        {one_line(run.path)}",
@@ -226,31 +263,58 @@ def _introduction(run: Run, config: RunConfig, remarks: str) -> list[str]:
             + (f" on {p.views} cached views" if p.views else "")
             for p in config.phases
         ),
-        f"device     {f'{len(gpus)} GPU' if gpus else 'CPU: TensorFlow sees no GPU'}, {config.precision}",
+        f"device     {device}, {config.precision}",
     ]
 
 
-def _train(run: Run, prepared: Prepared, stop: StopSignals) -> dict[str, Any]:
-    settings, trainer = prepared.settings, prepared.trainer()
+def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) -> dict[str, Any]:
+    settings, trainer = prepared.settings, prepared.trainer(replicas=replicas)
     keeper = Keeper(run, trainer, settings.patience)
     keeper.restore()
+    if replicas.strategy:
+        copy_variables(trainer.model, prepared.network)  # which computes what is not trained
+        replicas.check_equal(_checksum(trainer.state()), "variables to start from")
     if keeper.is_done() and (stored := _stored_results(run)):
         print("this run is complete: name a new --run to train again", flush=True)
         return stored
     train, val = prepared.examples["train"], prepared.examples["val"]
-    log = Log(run, keeper.progress.log_lines)
-    log.events.images("train", "inputs", _sample_inputs(train, prepared.config), step=0)
-    loop = Loop(trainer, data.Order(len(train), settings.batch_size, settings.seed), train, val, keeper, log, stop)
-    while True:
+    log: Log | NoLog = NoLog()
+    if replicas.is_chief:
+        log = Log(run, keeper.progress.log_lines)
+        log.events.images("train", "inputs", _sample_inputs(train, prepared.config), step=0)
+    order = data.Order(len(train), settings.batch_size, settings.seed, share=replicas.share)
+    loop = Loop(trainer, order, train, val, keeper, log, stop)
+    results: dict[str, Any] = {}
+    while not results:
         try:
             with readable_failures():
-                results = _train_and_evaluate(run, prepared, loop)
+                inputs = _train_phases(prepared, loop)
+                if not isinstance(log, Log):  # waits for the chief, which alone evaluates
+                    accuracy, log_loss = replicas.gather(np.zeros((0, 2), np.float32))[0].tolist()
+                    return {"accuracy": accuracy, "log_loss": log_loss}
+                results = _evaluate_best(run, prepared, log, keeper.progress.best_step, *inputs, stop)
         except features.DamagedCache as damage:  # nothing was trained on it: the loop continues at the same step
-            print(f"cache      {one_line(damage.path)} is damaged: computed again", flush=True)
             Path(damage.path).unlink()
-            continue
-        write_text(run.path / ".complete", "")  # a kill may have left results, but only half of them
-        return results
+            if replicas.workers > 1:
+                raise UserError(f"{damage.path} was damaged and is deleted: start all workers again") from None
+            print(f"cache      {one_line(damage.path)} is damaged: computed again", flush=True)
+    write_text(run.path / ".complete", "")  # a kill may have left results, but only half of them
+    replicas.gather(np.array([[results["accuracy"], results["log_loss"]]], np.float32))
+    return results
+
+
+def copy_variables(source: Network, target: Network) -> None:
+    """Gives the variables of a network the values of an equal one."""
+    for name, variable in target.variables_by_name.items():
+        variable.assign(source.variables_by_name[name].numpy())
+
+
+def _checksum(variables: Mapping[str, tf.Variable]) -> int:
+    """32 bits that stand for the values."""
+    checksum = 0
+    for variable in variables.values():
+        checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
+    return checksum
 
 
 def _stored_results(run: Run) -> dict[str, Any] | None:
@@ -262,29 +326,35 @@ def _stored_results(run: Run) -> dict[str, Any] | None:
     return None
 
 
-def _train_and_evaluate(run: Run, prepared: Prepared, loop: Loop) -> dict[str, Any]:
-    """Does what is left of the run, and evaluates its best checkpoint on the validation images."""
-    config, settings, stop, log = prepared.config, prepared.settings, loop.stop, loop.log
+def _train_phases(prepared: Prepared, loop: Loop) -> tuple[str, data.Load]:
+    """Does what is left of the run; returns the last phase's input stage, and what loads the validation images there."""
+    config, settings, replicas = prepared.config, prepared.settings, loop.trainer.replicas
     examples = {split: prepared.examples[split] for split in ("train", "val")}
     # Of phases still to do: once a phase has changed a stage, what a finished phase cached above it is gone.
     to_do = [phase for phase in config.phases if phase.end_step >= loop.trainer.steps_done()]
-    cached = prepared.cached_loads(to_do, examples, stop)
+    cached = prepared.cached_loads(to_do, examples, loop.stop, replicas.share.part)
     of_images = {split: data.image_loader(examples[split], config.preprocessing, settings.seed) for split in examples}
     done = loop.order.images_before(loop.trainer.steps_done())
     with progress_bar(settings.epochs * len(examples["train"]), done, "training") as bar:
         for phase in to_do:
             loads = cached[phase.input_stage] if phase.views else of_images
             loop.run_phase(phase, loads["train"], loads["val"], bar)
+    return phase.input_stage, loads["val"]
+
+
+def _evaluate_best(
+    run: Run, prepared: Prepared, log: Log, step: int, input_stage: str, load: data.Load, stop: StopSignals
+) -> dict[str, Any]:
+    """Evaluates the run's best checkpoint, that of `step`, on the validation images, which enter `input_stage`."""
+    config, val = prepared.config, prepared.examples["val"]
     log.draw_curves()
     run.load_best(prepared.network)
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
-    batches = data.ordered_batches(loads["val"], examples["val"].labels, EVALUATION_BATCH)
-    results = write_scores(
-        run.path, config, prepared.network, examples["val"], config.data.root, "val", batches, phase.input_stage, stop
-    )
+    batches = data.ordered_batches(load, val.labels, EVALUATION_BATCH)
+    results = write_scores(run.path, config, prepared.network, val, config.data.root, "val", batches, input_stage, stop)
     for picture in ("confusion-val", "confusion-val-normalised", "worst-val"):
         pixels = images.read_image(run.path / f"{picture}.png")
-        log.events.images("val", picture, pixels[None], loop.keeper.progress.best_step)
+        log.events.images("val", picture, pixels[None], step)
     log.events.close()
     return results
 

@@ -88,6 +88,12 @@ class Settings:
     compile: str = _setting(
         "auto", "XLA compiles the training step; 'auto': on a GPU, not on a CPU", choices=("auto", "on", "off")
     )
+    devices: int = _setting(
+        0,
+        "GPUs of this machine that divide each batch among them; 0: all; without a GPU, parts of the CPU, for tests",
+        least=0,
+        below=1025,
+    )
     deterministic: bool = _setting(False, "the same result on every run on one GPU, slower; a CPU always gives it")
     seed: int = _setting(0, "of initial values, order, crops, augmentation and dropout", least=0, below=2**31)
 

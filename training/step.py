@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import devices
+from devices import ONE_DEVICE, Replicas
 from model import Network
 from run import Phase
 
@@ -79,6 +80,7 @@ class Trainer(tf.Module):
         phases: in order; a variable that any of them trains has a momentum.
         new_variables: names that `settings.new_layer_rate` applies to.
         seed: of dropout.
+        replicas: the devices that a step is computed on; the model was made in their scope.
 
     Attributes:
         step: int64, steps done.
@@ -88,20 +90,27 @@ class Trainer(tf.Module):
     """
 
     def __init__(
-        self, model: Network, settings: Optimisation, phases: list[Phase], new_variables: frozenset[str], seed: int
+        self,
+        model: Network,
+        settings: Optimisation,
+        phases: list[Phase],
+        new_variables: frozenset[str],
+        seed: int,
+        replicas: Replicas = ONE_DEVICE,
     ):
         super().__init__()
         self.model, self.settings, self.phases = model, settings, phases
-        self.new_variables, self.seed = new_variables, seed
+        self.new_variables, self.seed, self.replicas = new_variables, seed, replicas
         trained = {name: v for phase in phases for name, v in model.variables_from(phase.train_from).items()}
-        self.momenta = {
-            name: tf.Variable(tf.zeros_like(v), name=f"{name}/Momentum", trainable=False)
-            for name, v in model.variables_by_name.items()
-            if name in trained
-        }
-        self.step = tf.Variable(0, dtype=tf.int64, name="global_step", trainable=False)
-        self.sums = tf.Variable(tf.zeros([3], tf.float64), name="sums", trainable=False)
-        self.bad_step = tf.Variable(-1, dtype=tf.int64, name="bad_step", trainable=False)
+        with replicas.scope():
+            self.momenta = {
+                name: tf.Variable(tf.zeros(v.shape), name=f"{name}/Momentum", trainable=False)
+                for name, v in model.variables_by_name.items()
+                if name in trained
+            }
+            self.step = tf.Variable(0, dtype=tf.int64, name="global_step", trainable=False)
+            self.sums = tf.Variable(tf.zeros([3], tf.float64), name="sums", trainable=False)
+            self.bad_step = tf.Variable(-1, dtype=tf.int64, name="bad_step", trainable=False)
 
     def state(self) -> dict[str, tf.Variable]:
         """Everything that a resumed run needs, under the names of its checkpoint."""
@@ -113,51 +122,65 @@ class Trainer(tf.Module):
         return int(self.step.numpy())
 
     def train_step(self, phase: Phase, schedule: Schedule) -> Callable[[tf.Tensor, tf.Tensor], None]:
-        """The compiled step of a phase: (x [B, *input], labels int64 [B]) -> updates the variables in place."""
+        """The compiled step of a phase: (x [B, *input], labels int64 [B]) -> updates the variables in place.
+
+        Where several workers share a batch, x is this one's rows, perhaps none, and labels those of the whole batch.
+        """
         names = list(self.model.variables_from(phase.train_from))
         trained = [self.model.variables_by_name[name] for name in names]
         spec = self.model.input_spec(phase.input_stage)
+
+        def on_device(x: tf.Tensor, first: tf.Tensor, labels: tf.Tensor) -> None:
+            rows = tf.shape(labels)[0]
+            first += self.replicas.share.bounds(rows)[0]  # in the whole batch
+            own_labels = labels[first : first + tf.shape(x)[0]]
+            *gradients, loss, correct = self.replicas.sum(self._accumulate(x, own_labels, first, rows, phase, trained))
+            self._update(names, gradients, loss, schedule(self.step))
+            sums = [tf.cast(value, tf.float64) for value in (loss, correct, rows)]
+            self.sums.assign_add(tf.stack(sums))
+            self.step.assign_add(1)
 
         @tf.function(
             input_signature=[spec, tf.TensorSpec([None], tf.int64)], autograph=False, jit_compile=self._is_compiled()
         )
         def step(x: tf.Tensor, labels: tf.Tensor) -> None:
-            gradients, loss, correct = self._accumulate(x, labels, phase, trained)
-            self._update(names, gradients, loss, schedule(self.step))
-            examples = tf.cast(tf.shape(labels)[0], tf.float64)
-            self.sums.assign_add(tf.stack([tf.cast(loss, tf.float64), tf.cast(correct, tf.float64), examples]))
-            self.step.assign_add(1)
+            self.replicas.run(on_device, x, labels)
 
         return step
 
     def _is_compiled(self) -> bool:
-        """Whether XLA compiles the step: it can't in parts, whose sizes are known only while they run."""
-        settings = self.settings
-        return settings.accumulate == 1 and devices.use_xla(settings.compile, settings.deterministic)
+        """Whether XLA compiles the step: not on several devices, nor in parts, whose sizes only the run knows."""
+        settings, several = self.settings, self.replicas.count > 1
+        return settings.accumulate == 1 and not several and devices.use_xla(settings.compile, settings.deterministic)
 
     def _accumulate(
-        self, x: tf.Tensor, labels: tf.Tensor, phase: Phase, trained: list[tf.Variable]
-    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """Gradients of the batch's mean loss, its summed loss and its number of right predictions."""
-        rows = tf.shape(x)[0]
+        self, x: tf.Tensor, labels: tf.Tensor, first_row: tf.Tensor, rows: tf.Tensor, phase: Phase, trained: list
+    ) -> list[tf.Tensor]:
+        """What the examples `first_row` ... of a batch of `rows` add to the results of the batch.
+
+        Those are the gradients of its mean loss, its summed loss and its number of right predictions.
+        """
         if self.settings.accumulate == 1:
-            return self._gradients(x, labels, tf.constant(0), rows, phase, trained)
-        part = -(-rows // self.settings.accumulate)
+            return self._gradients(x, labels, first_row, rows, phase, trained)
+        own_rows = tf.shape(x)[0]
+        part = -(-own_rows // self.settings.accumulate)
 
         def add_part(start: tf.Tensor, sums: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
             stop = start + part
-            gradients, loss, correct = self._gradients(x[start:stop], labels[start:stop], start, rows, phase, trained)
-            return stop, [total + new for total, new in zip(sums, [*gradients, loss, correct], strict=True)]
+            new = self._gradients(x[start:stop], labels[start:stop], first_row + start, rows, phase, trained)
+            return stop, [total + more for total, more in zip(sums, new, strict=True)]
 
-        zeros = [tf.zeros_like(v) for v in trained] + [tf.constant(0.0), tf.constant(0, tf.int64)]
+        zeros = [tf.zeros(v.shape) for v in trained] + [tf.constant(0.0), tf.constant(0.0)]
         # One part at a time, since running them side by side would need the memory of the whole batch.
-        _, sums = tf.while_loop(lambda start, _: start < rows, add_part, [tf.constant(0), zeros], parallel_iterations=1)
-        return sums[:-2], sums[-2], sums[-1]
+        _, sums = tf.while_loop(
+            lambda start, _: start < own_rows, add_part, [tf.constant(0), zeros], parallel_iterations=1
+        )
+        return list(sums)
 
     def _gradients(
         self, x: tf.Tensor, labels: tf.Tensor, first_row: tf.Tensor, rows: tf.Tensor, phase: Phase, trained: list
-    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """What the examples `first_row` ... of a batch of `rows` add to the results of `_accumulate`."""
+    ) -> list[tf.Tensor]:
+        """As `_accumulate`, at once."""
 
         def dropout(activations: tf.Tensor, stage: str) -> tf.Tensor:
             key = tf.stack([tf.constant(self.seed, tf.int64), self.step])
@@ -170,8 +193,8 @@ class Trainer(tf.Module):
             plain = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)  # [b]
             objective = tf.reduce_sum(self._objective(plain, labels, logits)) / tf.cast(rows, tf.float32)
         gradients = tape.gradient(objective, trained)
-        correct = tf.math.count_nonzero(tf.argmax(logits, axis=1) == labels)
-        return gradients, tf.reduce_sum(plain), correct
+        correct = tf.math.count_nonzero(tf.argmax(logits, axis=1) == labels, dtype=tf.float32)
+        return [*gradients, tf.reduce_sum(plain), correct]
 
     def _objective(self, plain: tf.Tensor, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         """What is minimised for each example, [b]; the curves show `plain`, which compares with validation."""
@@ -219,12 +242,18 @@ class Trainer(tf.Module):
         return float(loss / examples), float(correct / examples)
 
 
-def compiled_forward(model: Network, input_stage: str | None = None) -> Callable[[tf.Tensor], tf.Tensor]:
-    """The compiled network from `input_stage` (default: images): x [B, *input] -> logits [B, classes] float32."""
+def compiled_forward(
+    model: Network, input_stage: str | None = None, replicas: Replicas = ONE_DEVICE
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    """The compiled network from `input_stage` (default: images): x [B, *input] -> logits [B, classes] float32.
+
+    The devices of this process divide a batch among them.
+    """
 
     @tf.function(input_signature=[model.input_spec(input_stage or model.stages[0])], autograph=False)
     def forward(x: tf.Tensor) -> tf.Tensor:
-        return model.forward(x, first=input_stage)
+        logits = replicas.run(lambda rows, _: model.forward(rows, first=input_stage), x)
+        return logits[0] if len(logits) == 1 else tf.concat(logits, axis=0)
 
     return forward
 
