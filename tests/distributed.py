@@ -1,0 +1,32 @@
+"""`train.py`, once for each list of arguments in a JSON text, in one process that has a narrow network for an fc head.
+
+A process of its own, since TensorFlow's devices are decided once in a process.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from console import quiet_tensorflow, run_script
+
+quiet_tensorflow()
+
+import model
+import train
+from networks.vgg import vgg
+from tests.conftest import call
+
+model.NETWORKS["narrow"] = vgg((4,), (4,), (6, 6), (8,), (8,), fc_units=16)
+
+
+def main() -> int:
+    for arguments in json.loads(sys.argv[1]):
+        if status := call(train, *arguments):
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
