@@ -220,6 +220,7 @@ def replicas(count: int) -> Replicas:
     cluster = _read_cluster(os.environ.get("TF_CONFIG", ""))
     if cluster:
         return _join(*cluster)
+    os.environ.pop("TF_CONFIG", None)  # TensorFlow fails where it is empty
     kind, count = ("GPU", count or len(gpus)) if gpus else ("CPU", count or 1)
     if count == 1:
         return ONE_DEVICE

@@ -14,11 +14,12 @@ from console import quiet_tensorflow, run_script
 quiet_tensorflow()
 
 import model
-import train
 from networks.vgg import vgg
-from tests.conftest import call
 
-model.NETWORKS["narrow"] = vgg((4,), (4,), (6, 6), (8,), (8,), fc_units=16)
+model.NETWORKS["narrow"] = vgg((4,), (4,), (6, 6), (8,), (8,), fc_units=16)  # before the flags are made of the table
+
+import train
+from tests.conftest import call
 
 
 def main() -> int:
