@@ -6,8 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,25 +252,31 @@ def _read_cluster(text: str) -> tuple[list[str], int] | None:
     return (hosts, place) if len(hosts) > 1 else None
 
 
+_GIVE_UP = """
+import os, signal, sys, time
+seconds, parent, message = sys.argv[1:]
+end = time.monotonic() + int(seconds)
+while time.monotonic() < end and os.getppid() == int(parent):
+    time.sleep(0.2)
+if os.getppid() == int(parent):
+    print(message, file=sys.stderr, flush=True)
+    os.kill(int(parent), signal.SIGKILL)
+"""
+
+
 def _join(hosts: list[str], place: int) -> Replicas:
     """Waits for the other workers, at most CLUSTER_TIMEOUT seconds (an environment variable)."""
     text = os.environ.get("CLUSTER_TIMEOUT", "300")
     if not text.isdecimal():
         raise UserError(f"CLUSTER_TIMEOUT {one_line(text)!r}: not a number of seconds")
 
-    def give_up() -> None:  # TensorFlow waits where Python can't interrupt it
-        print(
-            f"error: not all of the {len(hosts)} workers of TF_CONFIG came within {text} s ({', '.join(hosts)}): start "
-            "train.py on each, see that they reach each other, or set CLUSTER_TIMEOUT to more seconds",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(2)
-
+    message = (
+        f"error: not all of the {len(hosts)} workers of TF_CONFIG came within {text} s ({', '.join(hosts)}): start "
+        "train.py on each, see that they reach each other, or set CLUSTER_TIMEOUT to more seconds"
+    )
     print(f"worker     {place} of {len(hosts)}; waiting for the others, at most {text} s", flush=True)
-    timer = threading.Timer(int(text), give_up)
-    timer.daemon = True
-    timer.start()
+    # A process, since TensorFlow waits without letting any of Python's threads run.
+    timer = subprocess.Popen([sys.executable, "-ISc", _GIVE_UP, text, str(os.getpid()), message])
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         joined = Replicas(tf.distribute.MultiWorkerMirroredStrategy(), Share(place, len(hosts)))
@@ -278,6 +284,7 @@ def _join(hosts: list[str], place: int) -> Replicas:
     except (tf.errors.OpError, RuntimeError) as error:
         raise UserError(f"TF_CONFIG: worker {place}, {hosts[place]}, can't join: {one_line(error)[:300]}") from None
     finally:
-        timer.cancel()
+        timer.kill()
+        timer.wait()
         signal.signal(signal.SIGINT, on_interrupt)
     return joined
