@@ -59,7 +59,8 @@ def gpu_problem() -> str | None:
         if major >= 12 and not {f"sm_{major}{minor}", f"compute_{major}{minor}"} & set(built_for):
             return (
                 f"{details.get('device_name', 'the GPU')} has compute capability {major}.{minor}, where this "
-                f"TensorFlow ({tf.__version__}) is known to fail: use another GPU, or the CPU with CUDA_VISIBLE_DEVICES=-1"
+                f"TensorFlow ({tf.__version__}) is known to fail: use another GPU, or the CPU with "
+                "CUDA_VISIBLE_DEVICES=-1"
             )
     return None
 
