@@ -15,6 +15,7 @@ from dataset.contents import Fingerprint
 from files import write_csv
 from model import Network
 from run import Phase, Run, RunConfig
+from training.head import can_solve
 from training.settings import Settings, flag_name
 from training.step import Optimisation
 
@@ -72,13 +73,23 @@ def make_phases(settings: Settings, network: Network, new: list[str], train_coun
         views = settings.cached_views
         if views < 0:
             views = 2 if stage == head and settings.pretrained != "none" else 0
-        return Phase(name, stage, stage if views else images, views if stage != images else 0, first, end)
+        views = views if stage != images else 0
+        solver = "sgd"
+        if stage == network.stages[-1] and views and can_solve(network, train_count * views):
+            solver = "lbfgs" if settings.solves_heads() else "sgd"
+        return Phase(name, stage, stage if views else images, views, first, end, solver)
 
     phases = (
         phase("head", head, 0, change),
         phase("head" if train_from == head else train_from, train_from, change, settings.epochs * epoch_steps),
     )
-    return tuple(p for p in phases if p.first_step < p.end_step)
+    kept = tuple(p for p in phases if p.first_step < p.end_step)
+    if settings.head_solver == "lbfgs" and not any(p.solver == "lbfgs" for p in kept):
+        raise UserError(
+            "--head-solver lbfgs: no phase trains a linear head alone on cached activations: give --train-from head or "
+            "--head-epochs, --head gap, and --cached-views"
+        )
+    return kept
 
 
 def optimisation(settings: Settings, train: layouts.Examples) -> Optimisation:

@@ -23,15 +23,21 @@ from files import check_folder, write_text
 from model import NETWORKS, Network
 from run import DataRecord, ModelRecord, Phase, Run, RunConfig, WeightsRecord, new_network
 from training import features, plan
-from training.evaluation import find_faults, fingerprint_images, readable_failures, write_scores
+from training.evaluation import (
+    EVALUATION_BATCH,
+    batch_logits,
+    calibrate,
+    find_faults,
+    fingerprint_images,
+    readable_failures,
+    write_scores,
+)
 from training.log import Log
 from training.loop import Keeper, Loop
 from training.settings import Settings
 from training.step import Trainer
 from weights.names import find_imagenet, load_pretrained
 from weights.restore import RestoreReport, restore
-
-EVALUATION_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,11 @@ def _introduction(run: Run, config: RunConfig, remarks: str) -> list[str]:
         f"head       {config.model.head} ({config.head_reason})",
         "training   "
         + ", then ".join(
-            f"steps {p.first_step}-{p.end_step} from {p.train_from}"
+            (
+                f"{p.train_from} solved"
+                if p.solver == "lbfgs"
+                else f"steps {p.first_step}-{p.end_step} from {p.train_from}"
+            )
             + (f" on {p.views} cached views" if p.views else "")
             for p in config.phases
         ),
@@ -274,15 +284,17 @@ def _train_and_evaluate(run: Run, prepared: Prepared, loop: Loop) -> dict[str, A
     with progress_bar(settings.epochs * len(examples["train"]), done, "training") as bar:
         for phase in to_do:
             loads = cached[phase.input_stage] if phase.views else of_images
-            loop.run_phase(phase, loads["train"], loads["val"], bar)
+            train_phase = loop.solve_phase if phase.solver == "lbfgs" else loop.run_phase
+            train_phase(phase, loads["train"], loads["val"], bar)
     log.draw_curves()
     run.load_best(prepared.network)
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
     batches = data.ordered_batches(loads["val"], examples["val"].labels, EVALUATION_BATCH)
-    results = write_scores(
-        run.path, config, prepared.network, examples["val"], config.data.root, "val", batches, phase.input_stage, stop
-    )
-    for picture in ("confusion-val", "confusion-val-normalised", "worst-val"):
+    count, labels = len(examples["val"]), examples["val"].labels
+    logits = np.concatenate(list(batch_logits(prepared.network, batches, count, "val", phase.input_stage, stop)))
+    temperature = calibrate(run, logits, labels)
+    results = write_scores(run.path, config, [logits], examples["val"], config.data.root, "val", temperature)
+    for picture in ("confusion-val", "confusion-val-normalised", "worst-val", "reliability-val"):
         pixels = images.read_image(run.path / f"{picture}.png")
         log.events.images("val", picture, pixels[None], loop.keeper.progress.best_step)
     log.events.close()

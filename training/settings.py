@@ -42,6 +42,12 @@ class Settings:
         "",
         "first stage to train, such as conv5; 'head': the new layers alone; default: the network's first, end to end",
     )
+    head_solver: str = _setting(
+        "auto",
+        "how a linear head is trained alone: 'lbfgs' finds the optimum of the convex problem on cached activations and "
+        "the strength of its penalty by cross-validation; 'auto': that, unless settings ask for what only SGD does",
+        choices=("auto", "lbfgs", "sgd"),
+    )
     head_epochs: int = _setting(0, "of the epochs, the first N train the new layers alone", least=0, below=MANY)
     cached_views: int = _setting(
         -1,
@@ -112,6 +118,13 @@ class Settings:
         return dataclasses.replace(
             self, image_size=self.image_size or row.image_size, train_from=self.train_from or next(iter(row.stages))
         )
+
+    def solves_heads(self) -> bool:
+        """Whether a linear head that is trained alone may be solved; `auto` leaves it to SGD where SGD is adjusted."""
+        of_sgd = ("learning_rate", "end_learning_rate", "momentum", "weight_decay", "clip_norm", "new_layer_rate")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        adjusted = self.patience or any(getattr(self, name) != defaults[name] for name in of_sgd)
+        return self.head_solver == "lbfgs" or (self.head_solver == "auto" and not adjusted)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
