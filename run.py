@@ -201,7 +201,7 @@ class Run:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise UserError(f"--run {self.path}: can't be used as a folder: {error.strerror}") from None
+            raise UserError(f"--run {self.path}: can't be written: {error.strerror}") from None
         # A run that was killed while it was created has at most these two.
         if others and set(others) - {"classes.txt", "images.csv"}:
             raise UserError(
