@@ -136,21 +136,34 @@ class Settings:
         return cls(**{**values, "augment": tuple(values.get("augment", ()))})
 
 
+GROUPS = {  # of flags in --help; all others are of the training
+    "data": (
+        *("image_size", "crop_margin", "augment", "examples_per_class", "val_fraction", "test_fraction", "image_root"),
+        *("on_bad_image", "relabel"),
+    ),
+    "network": ("pretrained", "network", "head", "train_from"),
+    "hardware": ("precision", "deterministic", "accumulate", "cache_dir", "devices", "compile", "require_gpu"),
+}
+
+
 def add_flags(parser: argparse.ArgumentParser, without: tuple[str, ...] = (), **other_defaults: Any) -> None:
     """Gives `parser` a flag for each setting but those named in `without`; `other_defaults` by field name."""
+    groups = {title: parser.add_argument_group(title) for title in (*GROUPS, "training")}
+    title_of = {name: title for title, names in GROUPS.items() for name in names}
     for field in dataclasses.fields(Settings):
         if field.name in without:
             continue
+        group = groups[title_of.get(field.name, "training")]
         default, help = other_defaults.get(field.name, field.default), field.metadata["help"]
         choices = field.metadata["choices"] or None
         if isinstance(default, bool):
-            parser.add_argument(flag_name(field), action="store_true", help=help)
+            group.add_argument(flag_name(field), action="store_true", help=help)
             continue
         shape: dict[str, Any] = {"nargs": "*"} if isinstance(default, tuple) else {"type": type(default)}
         shown = " ".join(default) if isinstance(default, tuple) else str(default)
         if not help.count("default:") and shown:
             help += f" (default: {shown})"
-        parser.add_argument(flag_name(field), default=default, choices=choices, help=help, **shape)
+        group.add_argument(flag_name(field), default=default, choices=choices, help=help, **shape)
 
 
 def flag_name(field: dataclasses.Field) -> str:
