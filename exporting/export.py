@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,12 @@ from model import Network
 from reports import metrics
 from run import Run, RunConfig, new_network
 from training import plan
+from training.evaluation import readable_failures
 from training.settings import Settings
 from training.step import compiled_forward
 
 COMPARED = 16  # photographs
 SAMPLES = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg")
-
-Watch = Callable[[str], Iterator[Photograph]]  # what is done with the photographs -> them, under a progress bar
 
 
 def export(run: Run, out: str, form: str, options: Options, temperature: float = 1.0) -> None:
@@ -44,15 +43,17 @@ def export(run: Run, out: str, form: str, options: Options, temperature: float =
     devices.use_threads(config.threads or devices.cores())
     network = new_network(dataclasses.replace(config, precision="float32"))
     run.load_best(network)
-    model = graph.Model(network, config.preprocessing, config.class_names, temperature)
+    spec = config.preprocessing
+    if options.input_size:  # the image that is given is a photograph's crop already
+        spec = dataclasses.replace(spec, crop_margin=0)
+    model = graph.Model(network, spec, config.class_names, temperature)
     origin, paths = _find_photographs(config)
 
-    def watch(doing: str) -> Iterator[Photograph]:
-        photographs = (_read(path, config.preprocessing, options.input_size) for path in paths)
+    def watch(doing: str, input_size: int | None = options.input_size) -> Iterator[Photograph]:
+        photographs = (_read(path, config.preprocessing, input_size) for path in paths)
         return stop.watch(photographs, len(paths), doing, size=lambda _: 1)
 
-    with StopSignals() as stop, _aside(target) as aside:
-        spec = graph.fixed_preprocessing(config.preprocessing) if options.input_size else config.preprocessing
+    with readable_failures(), StopSignals() as stop, _aside(target) as aside:
         ours = _answers(network, spec, temperature, watch("our answers"))
         FORMATS[form].write(aside, model, options)
         stop.check()
@@ -63,9 +64,9 @@ def export(run: Run, out: str, form: str, options: Options, temperature: float =
             alike = sum(map(is_decoded_alike, watch("decoding")))
             print(f"decoding   TensorFlow makes the same pixels of {alike} of these {len(paths)} files as inference.py")
         if options.input_size:
-            change = np.abs(ours - _answers(network, config.preprocessing, temperature, map(_whole, watch("sizes"))))
+            change = np.abs(ours - _answers(network, config.preprocessing, temperature, watch("whole", None)))
             print(f"input      the crop at {options.input_size} px changes a probability by up to {change.max():.2g}")
-        if config.precision != "float32":
+        if config.precision != "float32" and form != "npz":
             change = np.abs(ours - _answers(run.load_model(), spec, temperature, watch(config.precision)))
             print(f"precision  {config.precision} in inference.py changes a probability by up to {change.max():.2g}")
         size = sum(file.stat().st_size for file in (aside, *aside.rglob("*")) if file.is_file())
@@ -128,10 +129,6 @@ def _read(path: str, spec: data.Preprocessing, input_size: int | None) -> Photog
     return Photograph(path, pixels)
 
 
-def _whole(photograph: Photograph) -> Photograph:
-    return dataclasses.replace(photograph, pixels=images.read_image(photograph.path))
-
-
 def _answers(
     network: Network, spec: data.Preprocessing, temperature: float, photographs: Iterator[Photograph]
 ) -> np.ndarray:
@@ -150,8 +147,8 @@ def _compare(ours: np.ndarray, theirs: np.ndarray, tolerance: float, out: str, o
             f"{out}: not written: its probabilities differ from ours by up to {difference:.2g}, where {tolerance:g} is "
             "allowed: use another format, and report this with the versions of requirements-export.txt's packages"
         )
-    same = np.count_nonzero(theirs.argmax(axis=2) == ours.argmax(axis=1)[:, np.newaxis])
+    same = (theirs.argmax(axis=2) == ours.argmax(axis=1)[:, np.newaxis]).all(axis=1)
     allowed = f"{options.quantize}, not limited" if reduced else f"{tolerance:g} is allowed"
     return (
-        f"largest difference of a probability {difference:.2g} ({allowed}); same class {same} of {theirs[..., 0].size}"
+        f"probabilities differ by up to {difference:.2g} ({allowed}), same best class {same.sum()} of {same.size}"
     )

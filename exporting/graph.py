@@ -1,6 +1,6 @@
 """From a photograph to probabilities as TensorFlow functions that can be saved and converted."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import tensorflow as tf
 
@@ -75,22 +75,16 @@ def portable_preprocess(image: tf.Tensor, spec: Preprocessing) -> tf.Tensor:
 def portable_function(model: Model, input_size: int | None) -> tf.types.experimental.PolymorphicFunction:
     """image uint8 [1, H, W, 3] -> {"probabilities": float32 [1, classes]}, of operations that TFLite and ONNX have.
 
-    With `input_size` N the image is [1, N, N, 3], a photograph's central crop, and is not cropped again.
+    With `input_size` N the image is [1, N, N, 3].
     """
-    spec = fixed_preprocessing(model.preprocessing) if input_size else model.preprocessing
 
     @tf.function(
         input_signature=[tf.TensorSpec([1, input_size, input_size, 3], tf.uint8, name="image")], autograph=False
     )
     def answer(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"probabilities": model.probabilities(portable_preprocess(image[0], spec)[tf.newaxis])}
+        return {"probabilities": model.probabilities(portable_preprocess(image[0], model.preprocessing)[tf.newaxis])}
 
     return answer
-
-
-def fixed_preprocessing(spec: Preprocessing) -> Preprocessing:
-    """For images that are a photograph's central crop already."""
-    return replace(spec, crop_margin=0)
 
 
 # -- for a SavedModel ------------------------------------------------------------------------------------------------
