@@ -149,6 +149,4 @@ def _compare(ours: np.ndarray, theirs: np.ndarray, tolerance: float, out: str, o
         )
     same = (theirs.argmax(axis=2) == ours.argmax(axis=1)[:, np.newaxis]).all(axis=1)
     allowed = f"{options.quantize}, not limited" if reduced else f"{tolerance:g} is allowed"
-    return (
-        f"probabilities differ by up to {difference:.2g} ({allowed}), same best class {same.sum()} of {same.size}"
-    )
+    return f"probabilities differ by up to {difference:.2g} ({allowed}), same best class {same.sum()} of {same.size}"

@@ -142,9 +142,10 @@ def decode(contents: tf.Tensor) -> tf.Tensor:
     def png() -> tf.Tensor:
         rgba = tf.cast(tf.io.decode_png(contents, channels=4), tf.int32)
         depth, kind = tf.unstack(tf.cast(tf.io.decode_raw(tf.strings.substr(contents, 24, 2), tf.uint8), tf.int32), 2)
-        # Grey of 1, 2 or 4 bits comes as it is stored: 0 ... 1, 3 or 15.
-        white = tf.where((kind == 0) & (depth < 8), 2**depth - 1, 255)
-        rgb, alpha = rgba[..., :3] * (255 // white), rgba[..., 3:]
+        rgb, alpha = rgba[..., :3], rgba[..., 3:]
+        # libpng fills in an opaque alpha as 1, 3 or 15 where grey is stored in 1, 2 or 4 bits.
+        opaque = tf.where((kind == 0) & (depth < 8), 2**depth - 1, 255)
+        alpha = tf.minimum(alpha * (255 // opaque), 255)
         return tf.cast((rgb * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
 
     def other() -> tf.Tensor:
