@@ -133,6 +133,11 @@ def with_alpha(image: Image.Image) -> Image.Image:
     return image
 
 
+@pytest.fixture(scope="module")
+def saved_model(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(run, tmp_path_factory.mktemp("saved_model"), "saved_model")
+
+
 def exported(run: Run, tmp_path: Path, form: str, *flags: object) -> Path:
     out = tmp_path / f"out.{form}"
     assert call(export, "--run", run.path, "--format", form, out, *flags) == 0
@@ -229,11 +234,9 @@ def test_damaged_exif_is_upright(cut: int) -> None:
 
 
 def test_saved_model_answers_as_inference(
-    run: Run, files: Files, expected: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, files: Files, expected: dict[str, np.ndarray], saved_model: Path
 ) -> None:
-    out = exported(run, tmp_path, "saved_model")
-    assert "16 validation images" in capsys.readouterr().out
-    signatures = tf.saved_model.load(str(out)).signatures
+    signatures = tf.saved_model.load(str(saved_model)).signatures
     names = [name.encode() for name in run.config().class_names]
     batch = signatures["serving_default"](image_bytes=tf.constant([path.read_bytes() for path in files.values()]))
     np.testing.assert_allclose(batch["probabilities"], list(expected.values()), rtol=0, atol=1e-5)
@@ -248,11 +251,12 @@ def test_saved_model_answers_as_inference(
         np.testing.assert_allclose(of_input["probabilities"], [expected[name]], rtol=0, atol=1e-5)
 
 
-def test_saved_model_runs_without_us(run: Run, files: Files, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
-    out = exported(run, tmp_path, "saved_model")
+def test_saved_model_runs_without_us(
+    files: Files, expected: dict[str, np.ndarray], saved_model: Path, tmp_path: Path
+) -> None:
     np.save(tmp_path / "photo.npy", np.array([files["turned"].read_bytes()]))
     command = str(Path(sys.executable).with_name("saved_model_cli"))
-    arguments = ["run", "--dir", str(out), "--tag_set", "serve", "--signature_def", "serving_default"]
+    arguments = ["run", "--dir", str(saved_model), "--tag_set", "serve", "--signature_def", "serving_default"]
     result = subprocess.run(
         [command, *arguments, "--inputs", f"image_bytes={tmp_path / 'photo.npy'}", "--outdir", str(tmp_path)],
         cwd=tmp_path,
@@ -293,10 +297,12 @@ def test_tflite_answers_as_inference(
 
 
 def test_onnx_answers_as_inference(run: Run, files: Files, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
-    for name in ("tf2onnx", "onnx"):
-        pytest.importorskip(name, reason=f"{name} {MISSING}")
+    pytest.importorskip("tf2onnx", reason=f"tf2onnx {MISSING}")
+    onnx = pytest.importorskip("onnx", reason=f"onnx {MISSING}")
     onnxruntime = pytest.importorskip("onnxruntime", reason=f"onnxruntime {MISSING}")
     out = exported(run, tmp_path, "onnx")
+    onnx.checker.check_model(str(out), full_check=True)
+    assert onnx.load(out).opset_import[0].version >= 17
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == list(run.config().class_names)
     for name, path in files.items():
@@ -420,5 +426,7 @@ def test_a_bfloat16_run_is_exported_in_float32(run: Run, tmp_path: Path, capsys:
     (changed / "config.json").write_text(json.dumps(config))
     exported(Run(changed), tmp_path, "saved_model")
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("compared   16 validation images")
+    assert lines[1] == "decoding   TensorFlow makes the same pixels of 16 of these 16 files as inference.py"
     (precision,) = (line for line in lines if line.startswith("precision  bfloat16"))
     assert 1e-5 < float(precision.split()[-1]) < 0.2
