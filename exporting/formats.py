@@ -14,7 +14,8 @@ import tensorflow as tf
 from console import UserError, one_line
 from data import preprocess
 from exporting import graph
-from weights.pretrained import load_pretrained, restore
+from weights.names import load_pretrained
+from weights.restore import restore
 
 QUANTIZE = ("none", "float16", "int8")
 OPSET = 18  # of ONNX

@@ -27,7 +27,7 @@ from exporting import graph
 from exporting.formats import Options
 from model import Network
 from run import Run
-from weights.pretrained import load_pretrained
+from weights.names import load_pretrained
 
 MISSING = "is not installed: pip install -r requirements-export.txt"
 TRAIN = ["--network", "small", "--pretrained", "none", "--image-size", "32", "--precision", "float32", "--epochs", "1"]
