@@ -40,7 +40,7 @@ def export(run: Run, out: str, form: str, options: Options, temperature: float =
     """
     config, target = run.config(), Path(out)
     _check_request(config, target, form, options)
-    devices.use_threads(config.threads or devices.cores())
+    devices.use_threads(config.threads)
     network = new_network(dataclasses.replace(config, precision="float32"))
     run.load_best(network)
     spec = config.preprocessing
@@ -124,7 +124,7 @@ def _read(path: str, spec: data.Preprocessing, input_size: int | None) -> Photog
     """A photograph as the export is to be given it: whole, or its central crop at the size of a fixed input."""
     pixels = images.read_image(path)
     if input_size:
-        plain = data.Preprocessing(input_size, spec.crop_margin, mean_rgb=(0.0, 0.0, 0.0))
+        plain = data.Preprocessing(input_size, spec.crop_margin)
         pixels = np.rint(data.preprocess(pixels, plain)).astype(np.uint8)
     return Photograph(path, pixels)
 

@@ -325,7 +325,7 @@ def test_a_fixed_input_is_the_crop(size: int, run: Run, files: Files, tmp_path: 
         top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
         crop = Image.fromarray(pixels[top : top + side, left : left + side]).resize((size, size), Image.Resampling.BOX)
         # The network itself on that crop; only the last resize is between.
-        x = tf.image.resize(np.asarray(crop), [32, 32], method="area") - data.MEAN_RGB
+        x = tf.image.resize(np.asarray(crop), [32, 32], method="area") - spec.mean_rgb
         wanted = tf.nn.softmax(run.load_model().forward(x[tf.newaxis]))
         answer = interpreter.get_signature_runner("serving_default")(image=np.asarray(crop)[np.newaxis])
         np.testing.assert_allclose(answer["probabilities"], wanted, rtol=0, atol=1e-4)
