@@ -31,14 +31,15 @@ COMPARED = 16  # photographs
 SAMPLES = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg")
 
 
-def export(run: Run, out: str, form: str, options: Options, temperature: float = 1.0) -> None:
+def export(run: Run, out: str, form: str, options: Options) -> None:
     """Writes the best checkpoint of `run` to `out` in the format `form` of `FORMATS`, and prints how it compares.
 
-    The export computes in float32, whatever the run's precision. It is loaded again in its own runtime and asked about
-    validation images of the run. Raises UserError, and leaves nothing behind, where a probability differs from ours by
-    more than the format's tolerance; reduced precisions (`options.quantize`) are reported only.
+    Its probabilities are calibrated where the run has a temperature, and computed in float32 whatever the run's
+    precision. It is loaded again in its own runtime and asked about validation images of the run. Raises UserError, and
+    leaves nothing behind, where a probability differs from ours by more than the format's tolerance; reduced
+    precisions (`options.quantize`) are reported only.
     """
-    config, target = run.config(), Path(out)
+    config, temperature, target = run.config(), run.temperature(), Path(out)
     _check_request(config, target, form, options)
     devices.use_threads(config.threads)
     network = new_network(dataclasses.replace(config, precision="float32"))

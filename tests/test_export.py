@@ -22,9 +22,7 @@ import inference
 import train
 from console import exit_status
 from dataset.images import decode_image, read_image
-from exporting import export as exporter
 from exporting import graph
-from exporting.formats import Options
 from model import Network
 from run import Run
 from weights.names import load_pretrained
@@ -94,6 +92,7 @@ def run(sample_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     direction = seen.mean(axis=0) / np.linalg.norm(seen.mean(axis=0))
     weights -= np.outer(direction, direction @ weights)  # what all pictures have in common decides nothing
     weights *= 2 / (deviations @ weights).std()
+    (path / "calibration.json").unlink()  # of the weights before
     run.save("best", {**arrays, "small/gap/weights": weights.astype(np.float32)}, keep=1)
     return run
 
@@ -344,14 +343,14 @@ def test_npz_holds_the_variables_and_is_trained_on(run: Run, sample_images: Path
     np.testing.assert_array_equal(frozen, arrays["small/conv1/conv1_1/weights"])
 
 
-def test_temperature_divides_the_logits(
-    run: Run, files: Files, expected: dict[str, np.ndarray], tmp_path: Path
-) -> None:
-    exporter.export(run, str(tmp_path / "out"), "saved_model", Options(), temperature=2.0)
-    signature = tf.saved_model.load(str(tmp_path / "out")).signatures["serving_default"]
-    answer = signature(image_bytes=tf.constant([files["grey"].read_bytes()]))["probabilities"].numpy()[0]
+def test_probabilities_are_calibrated(run: Run, files: Files, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(run.path, calibrated)
+    (calibrated / "calibration.json").write_text('{"temperature": 2.0}')
+    signatures = tf.saved_model.load(str(exported(Run(calibrated), tmp_path, "saved_model"))).signatures
+    answer = signatures["serving_default"](image_bytes=tf.constant([files["grey"].read_bytes()]))
     softened = np.sqrt(expected["grey"])  # exp(logit / 2)
-    np.testing.assert_allclose(answer, softened / softened.sum(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(answer["probabilities"], [softened / softened.sum()], rtol=0, atol=1e-5)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
