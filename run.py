@@ -7,6 +7,7 @@ metrics.jsonl a line per log event: values that depend on the seed alone, equal 
 timing.jsonl  a line per line of metrics.jsonl: seconds and images/s, which depend on the machine
 train/, val/  TensorBoard event files
 latest/       the last two checkpoints, with the optimiser's state
+calibration.json  the temperature of calibrated probabilities
 best/         the checkpoint with the highest validation accuracy, variables only
 """
 
@@ -14,6 +15,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import re
 import sys
@@ -225,6 +227,18 @@ class Run:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not the record of a run: {one_line(error)[:200]}") from None
+
+    def temperature(self) -> float:
+        """What logits are divided by for calibrated probabilities; 1 in a run without calibration.json."""
+        try:
+            value = json.loads(self._read_text("calibration.json"))["temperature"]
+            if isinstance(value, int | float) and 0 < value < math.inf:
+                return float(value)
+        except FileNotFoundError:
+            return 1.0
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        raise UserError(f"{self.path / 'calibration.json'}: damaged; without that file probabilities are uncalibrated")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
