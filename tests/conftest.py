@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     for module in ROOT.glob("*.py"):
         config.addinivalue_line("filterwarnings", rf"error:::{module.stem}$")
-    for package in ("dataset", "networks", "reports", "tools", "training", "weights"):
+    for package in ("dataset", "exporting", "networks", "reports", "tools", "training", "weights"):
         config.addinivalue_line("filterwarnings", rf"error:::{package}\..*")
 
 

@@ -18,12 +18,12 @@ from PIL import Image
 
 import data
 import export
-import inference
 import train
 from console import exit_status
 from dataset.images import decode_image, read_image
 from exporting import graph
 from model import Network
+from predictor import Predictor
 from run import Run
 from weights.names import load_pretrained
 
@@ -113,13 +113,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture(scope="module")
 def expected(run: Run, files: Files) -> dict[str, np.ndarray]:
     """What inference.py answers: {photograph: probabilities in the order of the classes}."""
-    names = run.config().class_names
     answers = {}
-    for (path, prediction), name in zip(
-        inference.predict(run, [str(path) for path in files.values()], top=len(names)), files, strict=True
-    ):
-        assert not isinstance(prediction, str), (path, prediction)
-        answers[name] = np.array([dict(prediction)[class_name] for class_name in names])
+    for prediction, name in zip(Predictor(run).predict(files.values()), files, strict=True):
+        assert not prediction.error, (prediction.name, prediction.error)
+        answers[name] = prediction.probabilities
     assert 0.3 < np.mean([answer.max() for answer in answers.values()]) < 0.95  # else a wrong export could pass
     assert len({answer.argmax() for answer in answers.values()}) > 2
     return answers
