@@ -65,7 +65,7 @@ def preprocess(
     if seed is not None and spec.augment:
         crop = tf.cond(tf.constant(True) & random, lambda: _augment(crop, spec.augment, seed), lambda: crop)
     # In rows of S * 3 numbers: to spread three numbers over the last axis takes TensorFlow as long as the resize.
-    mean, std = (np.tile(np.float32(channels), spec.image_size) for channels in (spec.mean_rgb, spec.std_rgb))
+    mean, std = (np.tile(np.array(channels, np.float32), spec.image_size) for channels in (spec.mean_rgb, spec.std_rgb))
     return tf.reshape((tf.reshape(crop, [spec.image_size, -1]) - mean) / std, [spec.image_size, spec.image_size, 3])
 
 
