@@ -45,9 +45,9 @@ def preprocess(
 ) -> tf.Tensor:
     """The one way from a decoded image, uint8 [H, W, 3] RGB, to the network's input, float32 [S, S, 3].
 
-    A square crop, area resize, minus the mean, divided by the deviation. The crop is central, or random and augmented where
-    there is a `seed`, int [2], and `random`, bool [], holds. Pure TensorFlow, so that it can live in an exported model.
-    The margin shrinks to a quarter of a short side under 40 px.
+    A square crop, area resize, minus the mean, divided by the deviation. The crop is central, or random and augmented
+    where there is a `seed`, int [2], and `random`, bool [], holds. Pure TensorFlow, so that it can live in an exported
+    model. The margin shrinks to a quarter of a short side under 40 px.
     """
     size = tf.shape(image)[:2]
     short = tf.reduce_min(size)

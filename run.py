@@ -8,6 +8,7 @@ timing.jsonl  a line per line of metrics.jsonl: seconds and images/s, which depe
 train/, val/  TensorBoard event files
 latest/       the last two checkpoints, with the optimiser's state
 calibration.json  the temperature of calibrated probabilities
+known.npz     features of the training images, for --unknown (where the head alone was trained on cached activations)
 best/         the checkpoint with the highest validation accuracy, variables only
 """
 

@@ -32,6 +32,7 @@ from training.evaluation import (
     readable_failures,
     write_scores,
 )
+from training.known import write_known
 from training.log import Log
 from training.loop import Keeper, Loop
 from training.settings import Settings
@@ -293,6 +294,9 @@ def _train_and_evaluate(run: Run, prepared: Prepared, loop: Loop) -> dict[str, A
     count, labels = len(examples["val"]), examples["val"].labels
     logits = np.concatenate(list(batch_logits(prepared.network, batches, count, "val", phase.input_stage, stop)))
     temperature = calibrate(run, logits, labels)
+    if phase.views and prepared.network.pools(phase.input_stage):
+        train, val = examples["train"], examples["val"]
+        write_known(run, train, loads["train"], phase.views, val, loads["val"], stop)
     results = write_scores(run.path, config, [logits], examples["val"], config.data.root, "val", temperature)
     for picture in ("confusion-val", "confusion-val-normalised", "worst-val", "reliability-val"):
         pixels = images.read_image(run.path / f"{picture}.png")
