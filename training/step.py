@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
+import devices
 from model import Network
 from run import Phase
 
@@ -26,8 +27,8 @@ class Optimisation:
     clip_norm: the gradient (penalty included) is scaled down to this global norm; 0: never.
     accumulate: parts that a batch is computed in, one after another; the step stays that of the whole batch.
     class_weights: factor on the loss of each class, [classes]; None: all 1.
-    compile: XLA compiles the step, once for each size of a batch; not together with `accumulate`, whose parts have a
-        size that is known only while it runs.
+    compile: `on`, `off` or `auto`: whether XLA compiles the step, once for each size of a batch; see `devices.use_xla`.
+    deterministic: the same bits on every run on one GPU; `auto` is then `off`.
     """
 
     learning_rate: float = 1e-3
@@ -40,7 +41,8 @@ class Optimisation:
     clip_norm: float = 0.0
     accumulate: int = 1
     class_weights: tuple[float, ...] | None = None
-    compile: bool = False
+    compile: str = "auto"
+    deterministic: bool = False
 
 
 def polynomial_decay(step: tf.Tensor, decay_steps: int, start: float, end: float) -> tf.Tensor:
@@ -117,7 +119,7 @@ class Trainer(tf.Module):
         spec = self.model.input_spec(phase.input_stage)
 
         @tf.function(
-            input_signature=[spec, tf.TensorSpec([None], tf.int64)], autograph=False, jit_compile=self.settings.compile
+            input_signature=[spec, tf.TensorSpec([None], tf.int64)], autograph=False, jit_compile=self._is_compiled()
         )
         def step(x: tf.Tensor, labels: tf.Tensor) -> None:
             gradients, loss, correct = self._accumulate(x, labels, phase, trained)
@@ -127,6 +129,11 @@ class Trainer(tf.Module):
             self.step.assign_add(1)
 
         return step
+
+    def _is_compiled(self) -> bool:
+        """Whether XLA compiles the step: it can't in parts, whose sizes are known only while they run."""
+        settings = self.settings
+        return settings.accumulate == 1 and devices.use_xla(settings.compile, settings.deterministic)
 
     def _accumulate(
         self, x: tf.Tensor, labels: tf.Tensor, phase: Phase, trained: list[tf.Variable]
