@@ -29,7 +29,7 @@ def use_xla(setting: str, deterministic: bool) -> bool:
     """Whether XLA compiles the training step: `on`, `off`, or `auto`.
 
     `auto` is on where there is a GPU; a CPU is slower with it (docs/benchmarks.md), and it isn't `deterministic`: it
-    chooses among algorithms by timing them. Dropout's masks are then other ones: XLA gives its numbers in another order.
+    chooses among algorithms by timing them. Dropout's masks are other ones with it: XLA orders its numbers otherwise.
     """
     return setting == "on" or (setting == "auto" and not deterministic and bool(tf.config.list_physical_devices("GPU")))
 
@@ -46,8 +46,8 @@ def gpu_problem() -> str | None:
         major, minor = details.get("compute_capability", (0, 0))
         if major >= 12 and not {f"sm_{major}{minor}", f"compute_{major}{minor}"} & set(built_for):
             return (
-                f"{details.get('device_name', 'the GPU')} has compute capability {major}.{minor}, where this TensorFlow "
-                f"({tf.__version__}) is known to fail: use another GPU, or the CPU with CUDA_VISIBLE_DEVICES=-1"
+                f"{details.get('device_name', 'the GPU')} has compute capability {major}.{minor}, where "
+                f"TensorFlow {tf.__version__} is known to fail: use another GPU, or the CPU with CUDA_VISIBLE_DEVICES=-1"
             )
     return None
 
