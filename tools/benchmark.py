@@ -41,7 +41,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", choices=tuple(NETWORKS), default="vgg_19", help="default: vgg_19")
     parser.add_argument("--head", choices=("fc", "gap", "linear"), default="fc", help="default: fc")
     parser.add_argument("--train-from", default="", help="first stage to train; default: all")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
+    parser.add_argument("--image-size", type=int, default=0, help="pixels; default: as published")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step (default: 16)")
     parser.add_argument("--classes", type=int, default=101, help="default: 101")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
@@ -99,7 +99,8 @@ def ours(network: Network, first: str, compile: str, x: np.ndarray, labels: np.n
 
 def measure_network(arguments: argparse.Namespace, rounds: Rounds, stop: StopSignals) -> str:
     """The train step, or the forward pass, of a network on images of noise."""
-    dtype, size = devices.compute_dtype(arguments.precision), arguments.image_size
+    dtype = devices.compute_dtype(arguments.precision)
+    size = arguments.image_size or NETWORKS[arguments.network].image_size
     try:
         network = Network(arguments.network, arguments.head, arguments.classes, size, compute_dtype=dtype)
     except ValueError as error:
@@ -122,14 +123,17 @@ def measure_network(arguments: argparse.Namespace, rounds: Rounds, stop: StopSig
     place = 0 if arguments.command == "step" else 1
     product, product_flops = matrix_product(dtype)
     measured = take_turns({**{name: pair[place] for name, pair in pairs.items()}, "product": product}, *rounds, stop)
-    best = product_flops / float(np.median([r.wall for r in measured.pop("product")]))
-    passes = (3.0 if first == network.stages[0] else 1.0) if place == 0 else 1.0
-    rate = float(np.median([r.images / r.wall for r in measured["ours"]]))
-    text = f"{dtype.name}, batch {arguments.batch_size}\n{comparison(measured)}\n"
+    text = f"{dtype.name}, batch {arguments.batch_size}\n"
+    products = measured.pop("product")
+    text += comparison(measured)
     if place == 0 and first != network.stages[0]:
-        return text.rstrip()
-    share = rate * passes * flops(compiled_forward(network)) / best
-    return text + f"ours reaches {100 * share:.0f} % of what matrix products reach here ({best / 1e9:.0f} GFLOP/s)"
+        return text  # how much of a backward pass that is, depends on the stage
+    # On a shared CPU, by the time of its cores: both use all of them.
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    best = product_flops / float(np.median([r.wall if on_gpu else r.cpu for r in products]))
+    seconds = float(np.median([(r.wall if on_gpu else r.cpu) / r.images for r in measured["ours"]]))
+    share = (1.0 if place else 3.0) * flops(compiled_forward(network)) / seconds / best
+    return f"{text}\nours reaches {share:.0%} of what products of large matrices reach here"
 
 
 # -- cache -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from console import cores
 from tools.timing import Candidate
 
 WIDTHS = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
+FC_UNITS = 4096
 DECAY, MOMENTUM, RATE = 5e-4, 0.9, 1e-3
 
 Pair = tuple[Candidate, Candidate]
@@ -53,7 +54,7 @@ def published_vgg19(x: np.ndarray, labels: np.ndarray, classes: int, precision: 
     for width in (width for stage in WIDTHS for width in stage):
         shapes.append((3, 3, channels, width))
         channels = width
-    shapes += [(7, 7, channels, 4096), (1, 1, 4096, 4096), (1, 1, 4096, classes)]
+    shapes += [(7, 7, channels, FC_UNITS), (1, 1, FC_UNITS, FC_UNITS), (1, 1, FC_UNITS, classes)]
     weights = [tf.Variable(tf.random.normal(s, stddev=math.sqrt(2 / math.prod(s[:-1])))) for s in shapes]
     biases = [tf.Variable(tf.zeros(shape[-1])) for shape in shapes]
     variables = [*weights, *biases]
@@ -111,8 +112,8 @@ def pytorch_vgg19(
             channels = width
         layers.append(nn.MaxPool2d(2))
     side = x.shape[1] // 32
-    layers += [nn.Flatten(), nn.Linear(channels * side * side, 4096), nn.ReLU(inplace=True), nn.Dropout()]
-    layers += [nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(4096, classes)]
+    layers += [nn.Flatten(), nn.Linear(channels * side * side, FC_UNITS), nn.ReLU(inplace=True), nn.Dropout()]
+    layers += [nn.Linear(FC_UNITS, FC_UNITS), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(FC_UNITS, classes)]
     model: nn.Module = nn.Sequential(*layers).to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
     model = torch.compile(model) if compiled else model
