@@ -46,8 +46,9 @@ def gpu_problem() -> str | None:
         major, minor = details.get("compute_capability", (0, 0))
         if major >= 12 and not {f"sm_{major}{minor}", f"compute_{major}{minor}"} & set(built_for):
             return (
-                f"{details.get('device_name', 'the GPU')} has compute capability {major}.{minor}, where "
-                f"TensorFlow {tf.__version__} is known to fail: use another GPU, or the CPU with CUDA_VISIBLE_DEVICES=-1"
+                f"{details.get('device_name', 'the GPU')} has compute capability {major}.{minor}, "
+                f"where TensorFlow {tf.__version__} is known to fail: use another GPU, or the CPU "
+                "(CUDA_VISIBLE_DEVICES=-1)"
             )
     return None
 

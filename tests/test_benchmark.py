@@ -45,7 +45,7 @@ def test_comparison_gives_medians_and_ratios_of_the_same_round() -> None:
 
 
 def test_operations_are_those_of_the_convolutions_and_products() -> None:
-    """Of `small` at 32 px by hand: 2 * 9 * inputs * outputs * positions a convolution, 2 * inputs * outputs the head."""
+    """Of `small` at 32 px: a convolution takes 2 * 9 * inputs * outputs * positions, the head 2 * inputs * outputs."""
     by_hand, channels = 0, 3
     for side, width in ((32, 32), (16, 64), (8, 128), (4, 256), (2, 256)):
         by_hand += 2 * 9 * channels * width * side**2
