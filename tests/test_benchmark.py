@@ -1,5 +1,6 @@
 """The benchmarks and the GPU check: what they compute from their times, and that every command runs at a tiny size."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import tensorflow as tf
 
 from console import StopSignals
 from model import Network
-from tests.test_commands import TINY, call
+from tests.conftest import TINY, call
 from tools import benchmark, benchmark_peers, gpu_check, timing
 from tools.timing import Round
 from training.step import compiled_forward
@@ -150,7 +151,7 @@ def test_the_host_is_free_when_the_device_is_not_waited_for() -> None:
         queued.clear()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_check.time, "perf_counter", lambda: clock[0])
+        patch.setattr(time, "perf_counter", lambda: clock[0])
         rate, free = gpu_check.timed(lambda: queued.append(0.5), wait, 4, least=5.0)
     assert rate == pytest.approx(8.0)
     assert free == 0

@@ -221,7 +221,7 @@ def measure_startup(arguments: argparse.Namespace, rounds: Rounds, stop: StopSig
     if bool(arguments.run) != bool(arguments.image):
         raise UserError("--run and --image: give both or neither")
     candidates = {
-        "TensorFlow alone": process("-c", "import console; console.quiet_tensorflow()"),
+        "TensorFlow alone": process("-c", "import tensorflow"),
         "inference.py --help": process("inference.py", "--help"),
         "train.py --help": process("train.py", "--help"),
     }
