@@ -25,6 +25,34 @@ def compute_dtype(precision: str) -> tf.DType:
     return tf.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else tf.float32
 
 
+def use_xla(setting: str, deterministic: bool) -> bool:
+    """Whether XLA compiles the training step: `on`, `off`, or `auto`.
+
+    `auto` is on where there is a GPU; a CPU is slower with it (docs/benchmarks.md), and it isn't `deterministic`: it
+    chooses among algorithms by timing them. Dropout's masks are other ones with it: XLA orders its numbers otherwise.
+    """
+    return setting == "on" or (setting == "auto" and not deterministic and bool(tf.config.list_physical_devices("GPU")))
+
+
+def gpu_problem() -> str | None:
+    """What is wrong with a GPU that TensorFlow sees, in one line for the user; None where nothing is.
+
+    TensorFlow 2.21 holds no machine code for compute capability 12.0 (RTX 50), and what it compiles instead fails
+    there with CUDA_ERROR_INVALID_PTX, in the middle of the first step (tensorflow/tensorflow issue 101746).
+    """
+    built_for = tf.sysconfig.get_build_info().get("cuda_compute_capabilities", ())
+    for gpu in tf.config.list_physical_devices("GPU"):
+        details = tf.config.experimental.get_device_details(gpu)
+        major, minor = details.get("compute_capability", (0, 0))
+        if major >= 12 and not {f"sm_{major}{minor}", f"compute_{major}{minor}"} & set(built_for):
+            return (
+                f"{details.get('device_name', 'the GPU')} has compute capability {major}.{minor}, "
+                f"where TensorFlow {tf.__version__} is known to fail: use another GPU, or the CPU "
+                "(CUDA_VISIBLE_DEVICES=-1)"
+            )
+    return None
+
+
 def default_threads() -> int:
     """Threads that a new run divides an operation among.
 

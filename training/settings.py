@@ -91,6 +91,9 @@ class Settings:
         "type of the convolutions and fc products; 'auto': bfloat16 where the hardware computes in it",
         choices=("auto", "float32", "bfloat16"),
     )
+    compile: str = _setting(
+        "auto", "XLA compiles the training step; 'auto': on a GPU, not on a CPU", choices=("auto", "on", "off")
+    )
     deterministic: bool = _setting(False, "the same result on every run on one GPU, slower; a CPU always gives it")
     seed: int = _setting(0, "of initial values, order, crops, augmentation and dropout", least=0, below=2**31)
 
@@ -111,6 +114,11 @@ class Settings:
             raise UserError(
                 f"--accumulate {self.accumulate}: more parts than --batch-size {self.batch_size} has images"
             )
+        if self.compile == "on" and (self.accumulate > 1 or self.deterministic):
+            other = "--deterministic: XLA chooses its algorithms by timing them"
+            if self.accumulate > 1:
+                other = f"--accumulate {self.accumulate}: XLA can't compile the parts of a batch"
+            raise UserError(f"--compile on: not together with {other}")
 
     def resolved(self) -> "Settings":
         """With the network's own image size and first stage where none is given."""

@@ -1,4 +1,8 @@
-"""Loss, learning-rate schedule, momentum SGD, the train step, and exact evaluation."""
+"""Loss, learning-rate schedule, momentum SGD, the train step, and exact evaluation.
+
+A step is two things that stay apart: gradients, which change nothing and may be those of a share of a batch, and one
+update, once all shares have been added up.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -6,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
+import devices
 from model import Network
 from run import Phase
 
@@ -22,6 +27,8 @@ class Optimisation:
     clip_norm: the gradient (penalty included) is scaled down to this global norm; 0: never.
     accumulate: parts that a batch is computed in, one after another; the step stays that of the whole batch.
     class_weights: factor on the loss of each class, [classes]; None: all 1.
+    compile: `on`, `off` or `auto`: whether XLA compiles the step, once for each size of a batch; see `devices.use_xla`.
+    deterministic: the same bits on every run on one GPU; `auto` is then `off`.
     """
 
     learning_rate: float = 1e-3
@@ -34,6 +41,8 @@ class Optimisation:
     clip_norm: float = 0.0
     accumulate: int = 1
     class_weights: tuple[float, ...] | None = None
+    compile: str = "auto"
+    deterministic: bool = False
 
 
 def polynomial_decay(step: tf.Tensor, decay_steps: int, start: float, end: float) -> tf.Tensor:
@@ -109,7 +118,9 @@ class Trainer(tf.Module):
         trained = [self.model.variables_by_name[name] for name in names]
         spec = self.model.input_spec(phase.input_stage)
 
-        @tf.function(input_signature=[spec, tf.TensorSpec([None], tf.int64)], autograph=False)
+        @tf.function(
+            input_signature=[spec, tf.TensorSpec([None], tf.int64)], autograph=False, jit_compile=self._is_compiled()
+        )
         def step(x: tf.Tensor, labels: tf.Tensor) -> None:
             gradients, loss, correct = self._accumulate(x, labels, phase, trained)
             self._update(names, gradients, loss, schedule(self.step))
@@ -118,6 +129,11 @@ class Trainer(tf.Module):
             self.step.assign_add(1)
 
         return step
+
+    def _is_compiled(self) -> bool:
+        """Whether XLA compiles the step: it can't in parts, whose sizes are known only while they run."""
+        settings = self.settings
+        return settings.accumulate == 1 and devices.use_xla(settings.compile, settings.deterministic)
 
     def _accumulate(
         self, x: tf.Tensor, labels: tf.Tensor, phase: Phase, trained: list[tf.Variable]
@@ -168,25 +184,33 @@ class Trainer(tf.Module):
         return loss
 
     def _update(self, names: list[str], gradients: list[tf.Tensor], loss: tf.Tensor, rate: tf.Tensor) -> None:
-        """L2, clipping, then a = momentum * a + g and w = w - rate * a, as tf.compat.v1.train.MomentumOptimizer."""
+        """L2, clipping, then a = momentum * a + g and w = w - rate * a, as tf.compat.v1.train.MomentumOptimizer.
+
+        `gradients` and `loss` are those of the whole batch. On a CPU the time is that of reading and writing memory, so
+        TensorFlow's fused op applies the last two. A step that is not finite runs it too, with factors that change
+        nothing: a branch on its result would make the host wait for the device.
+        """
         variables = [self.model.variables_by_name[name] for name in names]
         total = [
-            g + self.settings.weight_decay * v if name.endswith("/weights") else g
+            g + self.settings.weight_decay * v if self.settings.weight_decay and name.endswith("/weights") else g
             for name, g, v in zip(names, gradients, variables, strict=True)
         ]
-        if self.settings.clip_norm:
-            total, _ = tf.clip_by_global_norm(total, self.settings.clip_norm)
+        norm = tf.linalg.global_norm(total)
         # The gradient too: variables that it made infinite could be saved before a loss shows it.
-        finite = tf.math.is_finite(loss) & tf.math.is_finite(tf.linalg.global_norm(total))
+        finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
         first_bad = tf.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
         self.bad_step.assign(first_bad)
-        good = first_bad < 0
+        good, clip = tf.cast(first_bad < 0, tf.float32), self.settings.clip_norm
+        scale = tf.where(first_bad < 0, clip / tf.maximum(norm, clip), 0.0) if clip else good
         for name, variable, gradient in zip(names, variables, total, strict=True):
-            momentum = self.momenta[name]
-            accumulated = self.settings.momentum * momentum + gradient
             factor = self.settings.new_layer_rate if name in self.new_variables else 1.0
-            momentum.assign(tf.where(good, accumulated, momentum))
-            variable.assign_sub(tf.where(good, rate * factor * accumulated, tf.zeros_like(accumulated)))
+            tf.raw_ops.ResourceApplyMomentum(
+                var=variable.handle,
+                accum=self.momenta[name].handle,
+                lr=good * rate * factor,
+                grad=tf.math.multiply_no_nan(gradient, scale),  # 0 where `scale` is, even for NaN
+                momentum=good * self.settings.momentum + (1.0 - good),
+            )
 
     def take_sums(self) -> tuple[float, float]:
         """Mean loss and accuracy of the training examples since the last call."""
