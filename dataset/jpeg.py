@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 
 import numpy as np
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 
 MAX_SCANS = 200  # encoders write 10, careful ones up to 100; each costs the time of a whole picture
 SOF, SOS, EOI = (0xC0, 0xC1, 0xC2), 0xDA, 0xD9  # frames that libjpeg decodes, the start of a scan, the end

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 import tensorflow as tf
 from PIL import Image, ImageOps
 
@@ -151,5 +151,3 @@ def test_every_way_of_the_benchmark_reads_every_file(tmp_path: Path) -> None:
         (tmp_path / f"{number}.jpg").write_bytes(encode(photograph(60, 80)))
     ways = benchmark_input.candidates([str(path) for path in sorted(tmp_path.iterdir())])
     assert {way: run() for way, run in ways.items()} == dict.fromkeys(ways, 3)
-    results = benchmark_input.measure(ways, 2)
-    assert all(values.shape == (2, 2) and (values > 0).all() for values in results.values())

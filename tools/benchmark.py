@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from console import ArgumentParser, StopSignals, UserError, quiet_tensorflow, run_script
+from console import ArgumentParser, StopSignals, UserError, one_line, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -24,6 +24,7 @@ from files import check_writable
 from model import NETWORKS, Network
 from reports.tables import table
 from run import Phase
+from tools.benchmark_input import candidates
 from tools.timing import Candidate, comparison, machine, record, take_turns
 from training.evaluation import readable_failures
 from training.session import prepare
@@ -139,6 +140,19 @@ def measure_network(arguments: argparse.Namespace, rounds: Rounds, stop: StopSig
 # -- cache -----------------------------------------------------------------------------------------------------------
 
 
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="every *.jpg in and below it is read")
+    parser.add_argument("--images", type=int, default=400, help="at most so many files (default: 400)")
+
+
+def measure_input(arguments: argparse.Namespace, rounds: Rounds, stop: StopSignals) -> str:
+    """`taskset -c 0` in front gives the figures of one core."""
+    paths = [str(path) for path in sorted(arguments.folder.rglob("*.jpg"))[: max(1, arguments.images)]]
+    if not paths:
+        raise UserError(f"{one_line(arguments.folder)} holds no *.jpg: give a folder of JPEG files")
+    return comparison(take_turns(candidates(paths), *rounds, stop))
+
+
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="as for train.py")
     add_flags(parser, train_from="conv5", batch_size=32)
@@ -247,6 +261,7 @@ Command = tuple[
 COMMANDS: dict[str, Command] = {
     "step": ("a training step", add_network_flags, measure_network),
     "inference": ("a forward pass", add_network_flags, measure_network),
+    "input": ("from JPEG files to the network's input", add_input_flags, measure_input),
     "cache": ("training on cached activations and on images", add_cache_flags, measure_cache),
     "startup": ("imports, and one prediction in a process of its own", add_startup_flags, measure_startup),
 }

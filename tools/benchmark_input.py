@@ -1,28 +1,17 @@
-"""From JPEG files to the network's input, against what it replaces: python -m tools.benchmark_input FOLDER [flags].
+"""From JPEG files to the network's input, and what it replaces: the candidates of `tools.benchmark input`."""
 
-The ways take turns in one process, since machines are shared and their speed drifts. The time of a processor is given
-beside that of a clock: other work on the machine lengthens mostly the latter. `taskset -c 0` in front gives the figures
-of one core.
-"""
-
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from console import ArgumentParser, UserError, cores, quiet_tensorflow, run_script
-
-quiet_tensorflow()
-
 import numpy as np
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 import tensorflow as tf
 
 import data
+from console import cores
 from dataset import images
 from dataset.layouts import Examples
-from reports.tables import table
 
 BATCH = 50
 SPEC = data.Preprocessing()
@@ -60,41 +49,3 @@ def candidates(paths: Sequence[str]) -> dict[str, Callable[[], int]]:
         "ours, reading alone": lambda: in_threads(images.read_image, paths),
         "libjpeg-turbo alone": lambda: in_threads(lambda path: simplejpeg.decode_jpeg(Path(path).read_bytes()), paths),
     }
-
-
-def measure(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, np.ndarray]:
-    """{way: [rounds, 2], milliseconds of the clock and of all processors for an image}, after a round not counted."""
-    results: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    for _ in range(1 + rounds):
-        for way, run in ways.items():
-            clock, processor = time.perf_counter(), time.process_time()
-            number = run()
-            spent = time.perf_counter() - clock, time.process_time() - processor
-            results[way].append((spent[0] / number * 1e3, spent[1] / number * 1e3))
-    return {way: np.array(values[1:]) for way, values in results.items()}
-
-
-def main() -> int:
-    parser = ArgumentParser(prog="tools.benchmark_input", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="every *.jpg in and below it is read")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
-    parser.add_argument("--images", type=int, default=400, help="at most so many files (default: 400)")
-    flags = parser.parse_args()
-    if flags.rounds < 1 or flags.images < 1:
-        raise UserError("--rounds and --images must be at least 1")
-    paths = [str(path) for path in sorted(flags.folder.rglob("*.jpg"))[: flags.images]]
-    if not paths:
-        raise UserError(f"{str(flags.folder)!r} holds no *.jpg: give a folder of JPEG files")
-    results = measure(candidates(paths), flags.rounds)
-    rows = []
-    for way, values in results.items():
-        ratio = [statistics.median(results[PUBLISHED][:, kind] / values[:, kind]) for kind in (0, 1)]
-        clock, processor = np.median(values, axis=0)
-        rows.append([way, f"{1e3 / clock:.0f}", f"{ratio[0]:.2f}", f"{processor:.2f}", f"{ratio[1]:.2f}"])
-    print(table(rows, ["", "images/s", "x published", "CPU ms/image", "x published by CPU"]))
-    print(f"medians of {flags.rounds} rounds of {len(paths)} files, {cores()} cores; ratios within a round")
-    return 0
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -237,6 +237,7 @@ def _introduction(run: Run, config: RunConfig, remarks: str) -> list[str]:
             + (f" on {p.views} cached views" if p.views else "")
             for p in config.phases
         ),
+        *([f"warning    {problem}"] if (problem := devices.gpu_problem()) else []),
         f"device     {f'{len(gpus)} GPU' if gpus else 'CPU: TensorFlow sees no GPU'}, {config.precision}",
     ]
 
