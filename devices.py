@@ -90,7 +90,7 @@ def explain_gpu() -> str | None:
 
 
 def _driver_problem() -> str | None:
-    running = re.search(r"Kernel Module\D*([\d.]+)", _text(KERNEL_DRIVER))
+    running = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _text(KERNEL_DRIVER))
     driver = f"NVIDIA driver {running[1]}" if running else "NVIDIA driver"
     try:
         library = ctypes.CDLL("libcuda.so.1")

@@ -10,13 +10,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 FOLDER=${IMAGE_CHECK_FOLDER:-/var/tmp/vgg-image-check}  # the base and the layers, kept for the next time
 SUITE=${IMAGE_CHECK_SUITE:-bookworm}
 USER_ID=12345  # in no list of users, as with docker run --user
-TESTS=(tests/test_console.py tests/test_devices.py tests/test_model.py)
+TESTS=(tests/test_devices.py tests/test_model.py)
 STORE=(--root "$FOLDER/store" --runroot "$FOLDER/run")
 MOUNTS=()
 
 fail() { echo "error: $*" >&2; exit 2; }
 step() { echo "[$((SECONDS / 60))m$((SECONDS % 60))s] $*"; }
 in_store() { buildah "${STORE[@]}" "$@"; }
+size_of() { in_store images --format '{{.Size}}' "$1"; }
 
 # run USER COMMAND...: in the container, with MOUNTS
 run() { in_store run --isolation chroot --user "$1" "${MOUNTS[@]}" "$container" -- "${@:2}"; }
@@ -55,10 +56,11 @@ step "building the Dockerfile"
 in_store build --isolation chroot --layers "${registry[@]}" --tag localhost/vgg19 \
   --build-arg "BASE_IMAGE=localhost/debian:$SUITE" --build-arg TENSORFLOW=tensorflow . >"$FOLDER/build.log" 2>&1 ||
   fail "the build failed: $FOLDER/build.log: $(tail -n 1 "$FOLDER/build.log")"
-step "built: $(in_store images --format '{{.Size}}' localhost/vgg19), base $(in_store images --format '{{.Size}}' "localhost/debian:$SUITE")"
+step "built: $(size_of localhost/vgg19), of which the base is $(size_of "localhost/debian:$SUITE")"
 
 container=$(in_store from --pull-never localhost/vgg19)
-mapfile -t entrypoint < <(in_store inspect --format '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}' "$container" | sed '/^$/d')
+list='{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}'
+mapfile -t entrypoint < <(in_store inspect --format "$list" "$container" | sed '/^$/d')
 mkdir -p "$FOLDER"/try/{data,checkpoints,features}
 chown "$USER_ID:$USER_ID" "$FOLDER"/try/*
 for name in data checkpoints features; do MOUNTS+=(--volume "$FOLDER/try/$name:/app/$name"); done

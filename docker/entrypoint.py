@@ -16,8 +16,9 @@ def gpu_line() -> str:
     problem = devices.explain_gpu()
     gpus = tf.config.list_physical_devices("GPU")
     if problem:
-        where = "a GPU that will not work" if gpus else "no GPU, running on the CPU"
-        return f"TensorFlow {tf.__version__}: {where} ({problem})"
+        return (
+            f"TensorFlow {tf.__version__} {'sees a GPU that will not work:' if gpus else 'runs on the CPU:'} {problem}"
+        )
     names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
     return f"TensorFlow {tf.__version__} sees {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}: {', '.join(names)}"
 
