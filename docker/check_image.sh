@@ -30,6 +30,8 @@ for tool in buildah debootstrap; do
 done
 [ "$(id -u)" = 0 ] || fail "buildah with chroot isolation and debootstrap need root: sudo make image-check"
 mkdir -p "$FOLDER"
+exec 9>"$FOLDER/lock"
+flock -n 9 || fail "another image-check is running in $FOLDER"
 container=
 trap '[ -z "$container" ] || in_store rm "$container" >/dev/null; rm -rf "$FOLDER/try" "$FOLDER/debian"' EXIT
 
