@@ -95,7 +95,6 @@ def test_few_images_are_held_however_many_there_are(
     for _ in range(9):  # two batches and one image of the third
         assert next(predictions).name == photos[0]
     assert 12 <= taken <= 12 + 4 + 2 * 2 + 1
-    predictions.close()
 
 
 def test_batch_size_changes_no_answer(trained: Path, sample_images: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -207,6 +206,7 @@ def test_heat_maps_and_boxes_lie_on_the_upright_photograph(trained: Path, tmp_pa
     assert call(inference, tmp_path / "turned.jpg", "--run", trained, "--boxes") == 0
     assert f"  box  left {left}, top {top}, right {right}, bottom {bottom}\n" in capfd.readouterr().out
     (prediction,) = Predictor(trained, heatmaps=True).predict([tmp_path / "turned.jpg"])
+    assert prediction.heatmap is not None
     assert prediction.heatmap.size == (2400, 960)
     assert prediction.heatmap.values.shape == (2, 2)  # `small` at 32 px
 
