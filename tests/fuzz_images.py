@@ -270,7 +270,7 @@ def run_inference(count: int, seed: int, folder: Path) -> tuple[Counter[str], fl
     from console import quiet_tensorflow
 
     quiet_tensorflow()
-    from predictor import BATCH_SIZE, Predictor
+    from predictor import Predictor
     from run import Run
     from tests import kill_run
     from training import session
@@ -286,8 +286,9 @@ def run_inference(count: int, seed: int, folder: Path) -> tuple[Counter[str], fl
     counts: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
     longest, begin = 0.0, time.monotonic()
     names = [str(file) for file in files]
-    for number, prediction in enumerate(Predictor(Run(folder / "run")).predict(names)):
-        if number % BATCH_SIZE == 0 and number:  # the first one compiles
+    predictor = Predictor(Run(folder / "run"), batch_size=16)
+    for number, prediction in enumerate(predictor.predict(names)):
+        if number % 16 == 0 and number:  # the first one compiles
             longest = max(longest, time.monotonic() - begin)
         begin = time.monotonic()
         refused = bool(prediction.error)
