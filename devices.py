@@ -111,7 +111,7 @@ def grow_gpu_memory() -> None:
 def explain_gpu() -> str | None:
     """Why TensorFlow has no GPU that works, with the remedy, in one line; None where it has one."""
     if gpus := tf.config.list_physical_devices("GPU"):
-        return _cudnn_problem() or _capability_problem(gpus)
+        return _cudnn_problem() or _capability_problem(gpus) or gpu_problem()
     if not tf.test.is_built_with_cuda():
         return f"this TensorFlow ({tf.__version__}) was built without CUDA"
     return _driver_problem() or _library_problem()

@@ -214,6 +214,7 @@ def main() -> int:
     run = newest_run() if arguments.run is None else Run(arguments.run)
     files = find_files(arguments.images)
     devices.use_threads(run.config().threads)
+    devices.grow_gpu_memory()
     drawing = arguments.heatmap is not None or arguments.boxes
     illustrator = Illustrator(arguments.heatmap, arguments.boxes) if drawing else None
     predictor = Predictor(

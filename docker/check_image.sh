@@ -76,11 +76,9 @@ step "inference.py"
 images=$(find "$FOLDER/try/data/sample/val/cat" -type f | wc -l)
 app inference.py data/sample/val/cat --format json >"$FOLDER/try/predictions.jsonl"
 [ "$(grep -c '"predictions"' "$FOLDER/try/predictions.jsonl")" = "$images" ] || fail "inference.py left images out"
-if [ -f export.py ]; then
-  step "export.py"
-  app export.py --format saved_model checkpoints/check/serving/1
-  [ -f "$FOLDER/try/checkpoints/check/serving/1/saved_model.pb" ] || fail "export.py wrote no saved_model.pb"
-fi
+step "export.py"
+app export.py --format saved_model checkpoints/check/serving/1
+[ -f "$FOLDER/try/checkpoints/check/serving/1/saved_model.pb" ] || fail "export.py wrote no saved_model.pb"
 step "tensorboard --version"
 app tensorboard --version
 foreign=$(find "$FOLDER/try/checkpoints" "$FOLDER/try/features" ! -user "$USER_ID" | head -n 1)

@@ -52,6 +52,7 @@ def evaluate(
     """
     config = run.config()
     devices.use_threads(config.threads)
+    devices.grow_gpu_memory()
     network = run.load_model()
     settings = Settings.from_dict(config.settings)
     place = data_path or config.data.path or config.data.root

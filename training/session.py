@@ -188,6 +188,7 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
     Returns the scores of the best checkpoint on the validation images (the content of results-val.json). Raises
     UserError for what the user can fix and console.Stopped after a signal; the run can then be resumed.
     """
+    devices.grow_gpu_memory()
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
     settings = settings.resolved()
@@ -219,7 +220,7 @@ def _refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
 
 
 def _introduction(run: Run, config: RunConfig, remarks: str) -> list[str]:
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus, problem = tf.config.list_physical_devices("GPU"), devices.explain_gpu()
     counts = ", ".join(f"{count} {split}" for split, count in config.counts.items())
     return [
         f"run        {one_line(run.path)}",
@@ -237,8 +238,7 @@ def _introduction(run: Run, config: RunConfig, remarks: str) -> list[str]:
             + (f" on {p.views} cached views" if p.views else "")
             for p in config.phases
         ),
-        *([f"warning    {problem}"] if (problem := devices.gpu_problem()) else []),
-        f"device     {f'{len(gpus)} GPU' if gpus else 'CPU: TensorFlow sees no GPU'}, {config.precision}",
+        f"device     {f'{len(gpus)} GPU' if gpus else 'CPU'}, {config.precision}{f': {problem}' if problem else ''}",
     ]
 
 

@@ -150,7 +150,7 @@ GROUPS = {  # of flags in --help; all others are of the training
         *("on_bad_image", "relabel"),
     ),
     "network": ("pretrained", "network", "head", "train_from"),
-    "hardware": ("precision", "deterministic", "accumulate", "cache_dir", "devices", "compile", "require_gpu"),
+    "hardware": ("precision", "deterministic", "accumulate", "cache_dir", "devices", "compile"),
 }
 
 
