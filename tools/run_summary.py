@@ -18,7 +18,7 @@ SCORES = {  # what is compared: how many digits of it are shown in text
 }
 BEST = "best val accuracy"
 # Where things lie; what matters of them is in the digest of the data.
-PLACES = {"cache_dir", "image_root"}
+PLACES = {"cache_dir", "image_root", "relabel"}
 
 
 @dataclass

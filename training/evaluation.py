@@ -19,6 +19,7 @@ import devices
 from console import StopSignals, UserError, cores, one_line
 from dataset import images, layouts
 from dataset.contents import Fingerprint, fingerprints
+from dataset.corrections import apply_corrections
 from files import check_folder
 from model import Network
 from reports import metrics
@@ -95,7 +96,7 @@ def _own_data(
         image_root = image_root or settings.image_root
     settings = dataclasses.replace(settings, image_root=image_root or "")
     try:
-        found = plan.list_images(settings, place)
+        found = apply_corrections(plan.list_images(settings, place), config.corrections)
         if found.digest() != config.data.digest:
             return None, ["another list of files"]
         examples = plan.usable_examples(settings, found, config.excluded)
