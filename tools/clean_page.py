@@ -15,7 +15,7 @@ from tools.clean_findings import Findings, Images
 from tools.explore_page import figure, write_html
 
 SHOWN = 60  # images of a contact sheet
-COLUMNS = 5
+COLUMNS = 5  # of a sheet at most
 GROUPS_SHOWN = 30
 SIDE = 300  # pixels, of a picture in a sheet
 BLANK = np.full((1, 1, 3), 255, np.uint8)
@@ -28,11 +28,16 @@ def write_pages(folder: Path, data: str, images: Images, found: Findings) -> Pat
     draw_thresholds(folder / "thresholds.png", found)
     names = [one_line(name) for name in images.class_names]
     title = escape(one_line(f"What to look at in {data}"))
-    issues = [(i.index, f"{names[i.given]} → {names[i.suggested]}?\nscore {i.score:.2f}") for i in found.issues[:SHOWN]]
+    issues = [
+        (i.index, f"{names[i.given]} → {names[i.suggested]}?\nscore {i.score:.2f}\n{one_line(images.names[i.index])}")
+        for i in found.issues[:SHOWN]
+    ]
     outliers = [
-        (int(i), f"{names[images.labels[i]]}\ndistance {distance:.3f}")
+        (int(i), f"{names[images.labels[i]]}\ndistance {distance:.3f}\n{one_line(images.names[i])}")
         for i, distance in zip(found.outliers[:SHOWN], found.outlier_distances, strict=False)
     ]
+    columns = min(COLUMNS, max(map(len, found.groups[:GROUPS_SHOWN]), default=1))
+    copies = _group_cells(images, found, names, columns)
     body = [
         f"<h1>{title}</h1>",
         f"<p>{len(images.names)} images, {len(names)} classes. A linear head on the features of the pretrained network "
@@ -47,9 +52,7 @@ def write_pages(folder: Path, data: str, images: Images, found: Findings) -> Pat
         f"<h2>Groups of near-duplicates: {len(found.groups)}</h2>",
         "<p>A row for each group. First those with images in several splits, which make scores too good, then those "
         f"of several classes. In 12 × 12 pixels their similarity is {found.duplicates.threshold:.4f} or more.</p>",
-        *_sheet(
-            folder / "duplicates.png", images, _group_cells(images, found, names), len(found.groups) - GROUPS_SHOWN
-        ),
+        *_sheet(folder / "duplicates.png", images, copies, len(found.groups) - GROUPS_SHOWN, columns),
         f"<h2>Outliers: {len(found.outliers)}</h2>",
         "<p>The farthest first, whatever the class.</p>",
         *_sheet(folder / "outliers.png", images, outliers, len(found.outliers) - SHOWN),
@@ -64,25 +67,29 @@ def write_pages(folder: Path, data: str, images: Images, found: Findings) -> Pat
     return folder / "index.html"
 
 
-def _sheet(path: Path, images: Images, cells: Sequence[Cell], more: int) -> list[str]:
+def _sheet(path: Path, images: Images, cells: Sequence[Cell], more: int, columns: int = COLUMNS) -> list[str]:
     """Draws a contact sheet; what the page says of it and shows."""
     if not cells:
         path.unlink(missing_ok=True)  # of an earlier call
         return ["<p>None found.</p>"]
-    image_grid(path, [_small(images, row) for row, _ in cells], [title for _, title in cells], COLUMNS)
+    image_grid(path, [_small(images, row) for row, _ in cells], [title for _, title in cells], columns)
     note = [f"<p>{more} more are in the CSV.</p>"] if more > 0 else []
     return [figure(path, path.stem.replace("-", " ")), *note]
 
 
-def _group_cells(images: Images, found: Findings, names: Sequence[str]) -> list[Cell]:
+def _group_cells(images: Images, found: Findings, names: Sequence[str], columns: int) -> list[Cell]:
     """A line of cells for each group, the last ones empty."""
     cells: list[Cell] = []
     for number, group in enumerate(found.groups[:GROUPS_SHOWN], 1):
-        more = f", {len(group) - COLUMNS} more" if len(group) > COLUMNS else ""
+        more = f" ({len(group) - columns} more)" if len(group) > columns else ""
         shown = [
-            (int(i), f"group {number}, {images.splits[i]}{more}\n{names[images.labels[i]]}") for i in group[:COLUMNS]
+            (
+                int(i),
+                f"group {number}{more}: {images.splits[i]}\n{names[images.labels[i]]}\n{one_line(images.names[i])}",
+            )
+            for i in group[:columns]
         ]
-        cells += shown + [(-1, "\n")] * (COLUMNS - len(shown))
+        cells += shown + [(-1, "\n\n")] * (columns - len(shown))
     return cells
 
 
@@ -101,11 +108,11 @@ def draw_thresholds(path: Path, found: Findings) -> None:
     nearest, threshold = np.asarray(found.duplicates.nearest, np.float64), found.duplicates.threshold
     panels = [
         (np.sqrt(np.maximum(2 - 2 * nearest, 0)), np.sqrt(2 - 2 * threshold),
-         "distance to the nearest image, of 12 × 12 pixels", "near-duplicates: left of"),
+         "log", "distance to the nearest image, of 12 × 12 pixels", "near-duplicates: left of"),
         (found.usual_distances, found.outlier_limit,
-         "distance to the fifth nearest image, of features", "outliers: right of"),
+         "linear", "distance to the fifth nearest image, of features", "outliers: right of"),
     ]  # fmt: skip
-    for axes, (distances, limit, label, name) in zip(drawing.subplots(1, 2), panels, strict=True):
+    for axes, (distances, limit, scale, label, name) in zip(drawing.subplots(1, 2), panels, strict=True):
         values = np.maximum(np.asarray(distances, np.float64), 1e-3)  # exact copies at the left end of a log axis
         limits = [limit] if np.isfinite(limit) else []
         if len(values):
@@ -114,5 +121,5 @@ def draw_thresholds(path: Path, found: Findings) -> None:
         for value in limits:
             axes.axvline(value, color=ORANGE, linestyle="--", label=f"{name} {value:.3f}")
             axes.legend()
-        axes.set(xscale="log", xlabel=label, ylabel="images")
+        axes.set(xscale=scale, xlabel=label, ylabel="images")
     save_figure(drawing, path)
