@@ -17,9 +17,8 @@ from tqdm import tqdm
 import data
 import devices
 from console import StopSignals, UserError, cores, one_line
-from dataset import images, layouts
+from dataset import corrections, images, layouts
 from dataset.contents import Fingerprint, fingerprints
-from dataset.corrections import apply_corrections
 from files import check_folder
 from model import Network
 from reports import metrics
@@ -96,7 +95,7 @@ def _own_data(
         image_root = image_root or settings.image_root
     settings = dataclasses.replace(settings, image_root=image_root or "")
     try:
-        found = apply_corrections(plan.list_images(settings, place), config.corrections)
+        found = corrections.apply_corrections(plan.list_images(settings, place), config.corrections)
         if found.digest() != config.data.digest:
             return None, ["another list of files"]
         examples = plan.usable_examples(settings, found, config.excluded)
