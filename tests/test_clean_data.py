@@ -117,7 +117,12 @@ def test_planted_faults_are_found_and_the_cache_serves_training(tmp_path, run_cl
 
     # train.py --train-from head finds every activation.
     command = [data, "--run", tmp_path / "run", *TINY, "--pretrained", weights, "--head", "gap", "--train-from", "head"]
-    assert call(train, *command, "--epochs", "1", "--cache-dir", tmp_path / "features") == 0
+    command += ["--epochs", "1", "--cache-dir", tmp_path / "features"]
+    assert call(train, *command) == 0
+    assert "caching" not in capsys.readouterr().out
+    listed = write_list(tmp_path / "list.csv", [("train/blue/red03.png", "red")])  # images keep their order
+    command[2] = tmp_path / "corrected"
+    assert call(train, *command, "--relabel", listed) == 0
     assert "caching" not in capsys.readouterr().out
 
     # A second call with decisions in a list must not lose them.
