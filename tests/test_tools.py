@@ -523,6 +523,13 @@ def test_compare_says_which_differences_are_real(tmp_path, capsys):
     lines = text.split("Against best")[1].splitlines()
     assert [line.split()[-1] for line in lines if line.startswith(("near", "far"))] == ["no", "yes"]
     assert "Against" not in compare.render([], "text")
+    # Two runs on other data, the better of which is the best of all, are compared with each other alone.
+    answer(make_run(tmp_path / "first", [0.99], [0.1]), "1" * 50)
+    answer(make_run(tmp_path / "second", [0.9], [0.1]), "0" * 10 + "1" * 40)
+    assert run(compare, tmp_path) == 0
+    text = capsys.readouterr().out
+    assert "Against first, on the same 50 validation images:" in text
+    assert "Against best, on the same 100 validation images:" in text
 
 
 # -- explore_data ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Complete runs that differ only in their seed are summed up by mean and standard 
 the checkpoint of the highest validation accuracy, and the loss is that checkpoint's; final is the last validation.
 Seconds are those of training, validation included; images/s is the median of what training logged.
 
-Runs that answered the same validation images as the best one are compared with it image by image: the difference of the
+Runs that answered the same validation images are compared with the best of them image by image: the difference of the
 two accuracies with its 95 % bootstrap interval, and the p-value of McNemar's exact test, multiplied as Holm (1979) does
 where several runs are compared. A difference is real where p is below 0.05. It says nothing of other seeds, and the
 best of many runs looks better than it is: confirm it on a test split.
@@ -91,17 +91,21 @@ class Difference:
         return self.p_value < LEVEL
 
 
+def same_images(runs: Sequence[RunSummary]) -> list[list[RunSummary]]:
+    """Runs that answered the same validation images, of the same classes: two or more of them together."""
+    groups: dict[frozenset[tuple[str, str]], list[RunSummary]] = defaultdict(list)
+    for run in runs:
+        if run.answers:
+            groups[frozenset((image, label) for image, (label, _) in run.answers.items())].append(run)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def differences(runs: Sequence[RunSummary]) -> list[Difference]:
-    """Each run against the first, the best, on their validation images; those that answered other ones are left out."""
-    if not runs or not runs[0].answers:
-        return []
+    """Each run against the first, the best of those that answered the same images."""
     best = runs[0].answers
-    classes = {image: label for image, (label, _) in best.items()}
     right = np.array([answer for _, answer in best.values()])
     found = []
     for run in runs[1:]:
-        if {image: label for image, (label, _) in run.answers.items()} != classes:
-            continue
         answers = np.array([run.answers[image][1] for image in best])
         test, interval = mcnemar(answers, right), accuracy_difference_interval(right, answers)
         value = float(answers.mean() - right.mean())
@@ -158,9 +162,9 @@ def render(runs: Sequence[RunSummary], format: str) -> str:
     rows, notes = [row(run) for run in runs], ["; ".join(run.notes) for run in runs]
     groups = sorted(map(summaries, seed_groups(runs)), key=lambda pair: -pair[0].scores[BEST])
     group_rows = [row(run) for pair in groups for run in pair]
-    compared = differences(runs)
+    compared = [(group[0], differences(group)) for group in same_images(runs)]
     if exact:
-        paired = {d.run.name: [d.value, d.low, d.high, d.p_value] for d in compared}
+        paired = {d.run.name: [d.value, d.low, d.high, d.p_value] for _, found in compared for d in found}
         kinds = ["mean", "standard deviation"] * len(groups)
         none = [None] * 4
         of_runs = [
@@ -175,10 +179,9 @@ def render(runs: Sequence[RunSummary], format: str) -> str:
     if any(notes):
         header, rows = [*header, "note"], [[*cells, note] for cells, note in zip(rows, notes, strict=True)]
     parts = [draw(rows, header)]
-    if compared:
-        images, best = len(runs[0].answers), one_line(runs[0].name)
-        parts.append(f"Against {best}, on the same {images} validation images:")
-        parts.append(draw(difference_rows(compared), DIFFERENCES))
+    for best, found in compared:
+        parts.append(f"Against {one_line(best.name)}, on the same {len(best.answers)} validation images:")
+        parts.append(draw(difference_rows(found), DIFFERENCES))
     if groups:
         parts += ["Complete runs that differ only in their seed:", draw(group_rows, header[: len(group_rows[0])])]
     return "\n\n".join(parts) + "\n"
