@@ -33,6 +33,7 @@ import tensorflow as tf
 
 from console import UserError, one_line
 from data import Preprocessing
+from dataset.corrections import Correction
 from devices import compute_dtype
 from files import UNSUPPORTED, flush_to_disk, open_regular, warn_once, write_json, write_text
 from model import Network
@@ -104,6 +105,7 @@ class RunConfig:
 
     settings: every field of `training.settings.Settings` by name; counts: images of each split.
     excluded: relative names of bad images that the run leaves out; new_variables: names not restored.
+    corrections: labels changed and images dropped by --relabel; `counts` are those after it.
     threads: CPU threads that an operation is divided among, which decides how sums are rounded (0: not recorded).
     """
 
@@ -122,6 +124,7 @@ class RunConfig:
     new_variables: list[str]
     versions: dict[str, str]
     excluded: list[str] = field(default_factory=list)
+    corrections: list[Correction] = field(default_factory=list)
     threads: int = 0
     format: int = FORMAT
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import data
 import devices
 from console import StopSignals, UserError, cores, one_line
-from dataset import images, layouts
+from dataset import corrections, images, layouts
 from dataset.contents import Fingerprint, fingerprints
 from files import check_folder, write_json
 from model import Network
@@ -106,7 +106,7 @@ def _own_data(
         image_root = image_root or settings.image_root
     settings = dataclasses.replace(settings, image_root=image_root or "")
     try:
-        found = plan.list_images(settings, place)
+        found = corrections.apply_corrections(plan.list_images(settings, place), config.corrections)
         if found.digest() != config.data.digest:
             return None, ["another list of files"]
         examples = plan.usable_examples(settings, found, config.excluded)

@@ -12,6 +12,7 @@ import data
 from console import UserError, one_line
 from dataset import layouts
 from dataset.contents import Fingerprint
+from dataset.corrections import Correction, as_written, read_corrections
 from files import write_csv
 from model import Network
 from run import Phase, Run, RunConfig
@@ -20,7 +21,8 @@ from training.settings import Settings, flag_name
 from training.step import Optimisation
 
 COLUMNS = ("image", "class", "split", "bytes", "modified_ns", "changed_ns", "content")
-NOT_COMPARED = ("cache_dir", "image_root")  # settings that a resumed run may change
+# Settings that a resumed run may change: where things lie. What `relabel` says is compared by `check_corrections`.
+NOT_COMPARED = ("cache_dir", "image_root", "relabel")
 
 
 def list_images(settings: Settings, data_path: str) -> layouts.LabelledImages:
@@ -31,6 +33,11 @@ def list_images(settings: Settings, data_path: str) -> layouts.LabelledImages:
         test_fraction=settings.test_fraction,
         image_root=settings.image_root or None,
     )
+
+
+def corrections(settings: Settings, found: layouts.LabelledImages) -> list[Correction]:
+    """What --relabel says of the images of `found`."""
+    return read_corrections(settings.relabel, found) if settings.relabel else []
 
 
 def usable_examples(
@@ -121,7 +128,7 @@ def record_images(
     """{name relative to the data's root: what it is} of the images that a run uses."""
     start = len(os.path.join(found.root, ""))
     return {
-        _in_csv(path[start:]): Recorded(found.class_names[label], split, prints[path])
+        as_written(path[start:]): Recorded(found.class_names[label], split, prints[path])
         for split, of_split in examples.items()
         for path, label in zip(of_split.paths, of_split.labels, strict=True)
     }
@@ -157,10 +164,6 @@ def known_fingerprints(run: Run, root: str) -> dict[str, Fingerprint]:
     return {os.path.join(root, name): image.fingerprint for name, image in read_images(run).items()}
 
 
-def _in_csv(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()  # as `files.write_text` writes it
-
-
 def check_settings(run: Run, config: RunConfig, settings: Settings) -> None:
     """Raises UserError, naming the differing values, where resuming with these settings would not be the same run."""
     differing = []
@@ -172,6 +175,16 @@ def check_settings(run: Run, config: RunConfig, settings: Settings) -> None:
             differing.append(f"{flag_name(field)} was {old}, now {new}")
     if differing:
         raise UserError(f"{run.path} can't be resumed: {'; '.join(differing)}; repeat its settings or name a new --run")
+
+
+def check_corrections(run: Run, config: RunConfig, now: list[Correction]) -> None:
+    """Raises UserError where --relabel does not say now what it said when the run began."""
+    if now != config.corrections:
+        others = "other ones" if len(now) == len(config.corrections) else str(len(now))
+        raise UserError(
+            f"{run.path} can't be resumed: --relabel corrected {len(config.corrections)} images when it began, now "
+            f"{others}: repeat that list or name a new --run"
+        )
 
 
 def image_changes(run: Run, config: RunConfig, found: layouts.LabelledImages, now: Mapping[str, Recorded]) -> list[str]:

@@ -19,6 +19,7 @@ import devices
 from console import StopSignals, UserError, one_line, progress_bar
 from dataset import images, layouts
 from dataset.contents import Fingerprint
+from dataset.corrections import apply_corrections
 from files import check_folder, write_text
 from model import NETWORKS, Network
 from run import DataRecord, ModelRecord, Phase, Run, RunConfig, WeightsRecord, new_network
@@ -75,6 +76,8 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
     row = NETWORKS[settings.network]
     devices.use_threads(devices.default_threads())
     found = plan.list_images(settings, data_path)
+    corrections = plan.corrections(settings, found)
+    found = apply_corrections(found, corrections)
     arrays: dict[str, np.ndarray] = {}
     source = settings.pretrained
     if source == "none" and not row.from_scratch:
@@ -122,6 +125,7 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
         new_variables=new if arrays else [],
         versions={"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": np.__version__},
         excluded=excluded,
+        corrections=corrections,
         threads=devices.default_threads(),
     )
     return Prepared(config, settings, found, examples, prints, network)
@@ -133,6 +137,8 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     devices.use_threads(config.threads)
     found = plan.list_images(settings, data_path)
     plan.check_settings(run, config, settings)
+    plan.check_corrections(run, config, plan.corrections(settings, found))
+    found = apply_corrections(found, config.corrections)
     examples = plan.usable_examples(settings, found, config.excluded)
     prints = fingerprint_images(examples, plan.known_fingerprints(run, found.root))
     if changes := plan.image_changes(run, config, found, plan.record_images(found, examples, prints)):
@@ -194,7 +200,7 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
     settings = settings.resolved()
     if settings.image_root:
         settings = dataclasses.replace(settings, image_root=os.path.abspath(settings.image_root))
-    _refuse_inside(data_path, {"--run": run.path, "--cache-dir": Path(settings.cache_dir)})
+    refuse_inside(data_path, {"--run": run.path, "--cache-dir": Path(settings.cache_dir)})
     prepared = None if run.exists() else prepare(settings, data_path, command)
     if prepared and any(phase.views for phase in prepared.config.phases):
         check_folder("--cache-dir", settings.cache_dir)
@@ -211,7 +217,7 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
             return _train(run, prepared, stop)
 
 
-def _refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
+def refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
     """Raises UserError where what we write would lie among the images of a folder, and be taken for some of them."""
     root = os.path.realpath(data_path)
     for flag, place in places.items():

@@ -83,6 +83,11 @@ class Settings:
     val_fraction: float = _setting(0.2, "share of images to validate on where DATA has no such split", below=1, least=0)
     test_fraction: float = _setting(0.0, "share of images to keep for a test split", least=0, below=1)
     image_root: str = _setting("", "folder that the paths of a CSV are relative to; default: the CSV's own")
+    relabel: str = _setting(
+        "",
+        "CSV with the columns image and action ('drop' or another class), such as label-issues.csv of "
+        "tools.clean_data: train on the labels that it corrects; no file is changed",
+    )
     on_bad_image: str = _setting(
         "fail", "a file that can't be decoded: stop before training, or go on without it", choices=("fail", "skip")
     )
