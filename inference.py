@@ -70,7 +70,8 @@ def format_prediction(prediction: Prediction, form: str, top: int, threshold: fl
     """One prediction as text, as a JSON object or as CSV rows (image, rank, class, probability, error).
 
     Where the most probable class is below `threshold`, text and CSV name no class: the CSV has one row of rank 1, with
-    an empty class and the probability of the best. JSON keeps the predictions and says so.
+    an empty class and the probability of the best. JSON keeps the predictions and says so. Of an unknown image the CSV
+    says "unknown" in the column of errors.
     """
     name, error, pairs = prediction.name, prediction.error, prediction.top(top)
     below = threshold is not None and not error and prediction.top(1)[0][1] < threshold
@@ -79,12 +80,14 @@ def format_prediction(prediction: Prediction, form: str, top: int, threshold: fl
             return json.dumps({"image": name, "error": error}) + "\n"
         found = [{"class": class_name, "probability": probability} for class_name, probability in pairs]
         extra = {} if threshold is None else {"below_threshold": below}
+        extra |= {} if prediction.unknown is None else {"unknown": prediction.unknown}
         return json.dumps({"image": name, "predictions": found, **extra, **details}) + "\n"
     if form == "csv":
         if error:
             return csv_text([[defused_path(name), "", "", "", defused(error)]])
         shown = [("", pairs[0][1])] if below else pairs
-        rows = [[defused_path(name), rank, defused(c), f"{p:.6f}", ""] for rank, (c, p) in enumerate(shown, start=1)]
+        remark = "unknown" if prediction.unknown else ""
+        rows = [[defused_path(name), n, defused(c), f"{p:.6f}", remark] for n, (c, p) in enumerate(shown, start=1)]
         return csv_text(rows)
     if error:
         return f"{one_line(name)}\n   error  {error}\n"
@@ -93,6 +96,8 @@ def format_prediction(prediction: Prediction, form: str, top: int, threshold: fl
         lines = [f"   none above {threshold:g} (the best: {probability:.4f}  {one_line(best)})"]
     else:
         lines = [f"  {probability:7.4f}  {one_line(class_name)}" for class_name, probability in pairs]
+    if prediction.unknown:
+        lines.insert(0, "   unknown: unlike the training images")
     if isinstance(box := details.get("box"), tuple):
         lines.append("   box  left {}, top {}, right {}, bottom {}".format(*box))
     return "".join(f"{line}\n" for line in (one_line(name), *lines))
@@ -148,6 +153,12 @@ def parse_arguments() -> argparse.Namespace:
     answer.add_argument("--top", type=int, default=5, help="classes to show for each image (default: 5)")
     answer.add_argument(
         "--threshold", type=float, metavar="P", help="name no class where the largest probability is below P"
+    )
+    answer.add_argument(
+        "--unknown",
+        type=float,
+        metavar="RATE",
+        help="say which images are unlike the training images; RATE, such as 0.05: the share of known ones called so",
     )
     answer.add_argument("--raw", action="store_true", help="probabilities without the run's calibration")
     answer.add_argument(
@@ -223,6 +234,7 @@ def main() -> int:
         tta=arguments.tta,
         calibrated=not arguments.raw,
         heatmaps=drawing,
+        unknown_rate=arguments.unknown,
     )
     total = len(range(first, len(files), step)) if isinstance(files, list) else None
     predictions = predictions_with_bar(

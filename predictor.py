@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import zipfile
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 import data
 from attribution import class_maps, head_input, last_convolution
-from console import cores
+from console import UserError, cores, one_line
 from dataset import images
 from reports import metrics
 from run import Run
@@ -46,7 +47,8 @@ class Prediction:
     name: the path as given, "" for bytes and arrays; error: why the image can't be read, "" where it can.
     probabilities: float [classes], in the order of `class_names`.
     features: float32 [C], the activations that enter the head, averaged over all positions.
-    Of an image that can't be read both are empty, and `top` is too.
+    unknown: whether it is unlike all training images, where that was asked for.
+    Of an image that can't be read both arrays are empty, and `top` is too.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Prediction:
     probabilities: np.ndarray = field(default_factory=lambda: np.zeros(0))
     features: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     heatmap: HeatMap | None = None
+    unknown: bool | None = None
 
     def top(self, count: int = 5) -> list[tuple[str, float]]:
         """(class name, probability) of the most probable classes, the first first."""
@@ -84,8 +87,10 @@ class Predictor:
             p = (p_central + p_mirror + p_1 + ... + p_tta) / (tta + 2). None: the central view alone.
         calibrated: logits are divided by the temperature of the run, where it has one.
         heatmaps: each prediction has a `HeatMap` of the central view.
+        unknown_rate: an image is unknown where its features are farther from those of the training images than this
+            share of held-out known images are; see `training.known`.
 
-    Raises UserError where the folder is no run or has no checkpoint.
+    Raises UserError where the folder is no run or has no checkpoint, or keeps no features to tell unknown images by.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class Predictor:
         tta: int | None = None,
         calibrated: bool = True,
         heatmaps: bool = False,
+        unknown_rate: float | None = None,
     ):
         run = run if isinstance(run, Run) else Run(run)
         config = run.config()
@@ -103,6 +109,7 @@ class Predictor:
         self._spec, self._batch_size, self._heatmaps = config.preprocessing, batch_size, heatmaps
         self._temperature = run.temperature() if calibrated else 1.0
         self._network = run.load_model()
+        self._known = None if unknown_rate is None else _Known(run, unknown_rate)
         side = self._spec.image_size
 
         @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)])
@@ -181,12 +188,43 @@ class Predictor:
         probabilities = np.mean([metrics.softmax(logits.numpy() / self._temperature) for *_, logits in outputs], axis=0)
         activations, features, _ = outputs[0]
         maps = class_maps(self._network, activations, probabilities.argmax(axis=1)) if self._heatmaps else None
+        is_unknown = self._known.are_beyond(features.numpy()) if self._known else np.zeros(len(batch), bool)
         for row, item in enumerate(batch):
             heatmap = None
             if maps is not None and item.picture is not None:
                 crop = central_crop(*item.size, self._spec.crop_margin)
                 heatmap = HeatMap(maps[row].numpy(), item.size, crop, item.picture)
-            yield Prediction(item.name, self.class_names, "", probabilities[row], features[row].numpy(), heatmap)
+            unknown = None if self._known is None else bool(is_unknown[row])
+            of_image = probabilities[row], features[row].numpy()
+            yield Prediction(item.name, self.class_names, "", *of_image, heatmap, unknown)
+
+
+class _Known:
+    """The training features that a run keeps, and the distance to them beyond which an image is unknown."""
+
+    def __init__(self, run: Run, rate: float):
+        from reports.neighbours import kth_distance, unknown_threshold  # SciPy: no other prediction waits for it
+
+        self._distance = kth_distance
+        try:
+            with np.load(run.path / "known.npz", allow_pickle=False) as kept:
+                self._references, held_out = kept["references"].astype(np.float32), kept["held_out"]
+                self._neighbour = int(kept["neighbour"])
+        except FileNotFoundError:
+            raise UserError(
+                f"{run.path} keeps no features to tell unknown images by: train one with --train-from head, the gap head "
+                "and cached views"
+            ) from None
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{run.path / 'known.npz'}: cannot be read ({one_line(error)}): train again") from None
+        try:
+            self._limit = unknown_threshold(held_out, rate)
+        except ValueError as error:
+            raise UserError(f"--unknown {rate:g}: {error}") from None
+
+    def are_beyond(self, features: np.ndarray) -> np.ndarray:
+        """Whether each of `features`, [B, C], is that of an unknown image, bool [B]."""
+        return np.asarray(self._distance(features, self._references, self._neighbour) > self._limit)
 
 
 def _as_many(sources: Source | Iterable[Source]) -> Iterable[Source]:
