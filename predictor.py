@@ -212,8 +212,8 @@ class _Known:
                 self._neighbour = int(kept["neighbour"])
         except FileNotFoundError:
             raise UserError(
-                f"{run.path} keeps no features to tell unknown images by: train one with --train-from head, the gap head "
-                "and cached views"
+                f"{run.path} keeps no features to tell unknown images by: train one with --train-from head, the gap "
+                "head and cached views"
             ) from None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"{run.path / 'known.npz'}: cannot be read ({one_line(error)}): train again") from None
