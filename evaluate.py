@@ -29,10 +29,11 @@ def main() -> int:
         default="fail",
         help="a file that can't be decoded: stop, or name it and score the others (default: fail)",
     )
+    parser.add_argument("--raw", action="store_true", help="probabilities as trained, not calibrated")
     arguments = parser.parse_args()
     run = newest_run() if arguments.run is None else Run(arguments.run)
     skip = arguments.on_bad_image == "skip"
-    folder, split, results = evaluate(run, arguments.data, arguments.split, arguments.image_root, skip)
+    folder, split, results = evaluate(run, arguments.data, arguments.split, arguments.image_root, skip, arguments.raw)
     print((folder / f"results-{split}.txt").read_text(encoding="utf-8"), end="")
     print(f"\naccuracy {results['accuracy']:.4f}; tables and pictures in {folder}")
     return 0

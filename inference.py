@@ -1,114 +1,130 @@
-"""Predicts the classes of images with a trained run: python inference.py IMAGE|FOLDER|GLOB ... [--run DIR]."""
+"""Predicts the classes of images with a trained run: python inference.py IMAGE|FOLDER|GLOB|- ... [--run DIR]."""
 
 import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
-import csv
+import argparse
 import glob
-import io
+import itertools
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 
-from console import ArgumentParser, Stopped, UserError, cores, one_line, quiet_tensorflow, run_script
+from console import ArgumentParser, Stopped, UserError, one_line, progress_bar, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
 import numpy as np
-import tensorflow as tf
+from tqdm import tqdm
 
-import data
 import devices
-from dataset import images
 from dataset.walk import summary, walk
-from files import check_writable, defused, defused_path, write_text
-from reports import metrics
+from files import check_folder, check_writable, csv_text, defused, defused_path, replace_file, write_text
+from predictor import BATCH_SIZE, Prediction, Predictor
 from run import Run, newest_run
-from training.step import compiled_forward
 
-BATCH_SIZE = 16
-Prediction = list[tuple[str, float]] | str  # (class name, probability), most probable first; or what is wrong
+Details = dict[str, object]  # what a JSON object holds besides the image and its predictions
 
 
-def find_files(patterns: list[str]) -> list[str]:
-    """The image files that the arguments name: a file as it is, the images below a folder, the matches of a glob."""
-    files: list[str] = []
+def find_files(patterns: list[str]) -> list[str] | Iterator[str]:
+    """The image files that the arguments name: a file as it is, the images below a folder, the matches of a glob.
+
+    "-" stands for the paths on standard input, a line each; with it the files come as they are read.
+    """
+    parts: list[Iterable[str]] = []
     for pattern in patterns:
-        if os.path.isdir(pattern):
+        if pattern == "-":
+            parts.append(_paths_on_stdin())
+        elif os.path.isdir(pattern):
             listing = walk(pattern)
-            found = [os.path.join(pattern, name) for name in listing.names()]
             if ignored := summary([*listing.ignored, *listing.ours]):
                 print(f"{one_line(pattern)}: {ignored}", file=sys.stderr)
-            if not found:
+            parts.append([os.path.join(pattern, name) for name in listing.names()])
+            if not parts[-1]:
                 raise UserError(f"{pattern}: no image in this folder")
         elif os.path.lexists(pattern) or not glob.has_magic(pattern):
-            found = [pattern]  # one that is missing is reported like any other bad image
+            parts.append([pattern])  # one that is missing is reported like any other bad image
         else:
-            found = sorted(glob.glob(pattern, recursive=True))
-            if not found:
+            parts.append(sorted(glob.glob(pattern, recursive=True)))
+            if not parts[-1]:
                 raise UserError(f"{pattern}: no file matches")
-        files += found
-    return files
+    files = itertools.chain.from_iterable(parts)
+    return files if "-" in patterns else list(files)
 
 
-def predict(run: Run, files: list[str], top: int) -> Iterator[tuple[str, Prediction]]:
-    """Yields each file, in order, with its prediction or with the reason why there is none."""
-    config = run.config()
-    devices.use_threads(config.threads)
-    class_names, spec, model = config.class_names, config.preprocessing, run.load_model()
-    forward = compiled_forward(model)
-
-    @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)])
-    def prepare(image: tf.Tensor) -> tf.Tensor:
-        return data.preprocess(image, spec)
-
-    def read(path: str) -> tf.Tensor | str:
-        try:
-            return prepare(images.read_image(path))
-        except images.ImageError as error:
-            return error.reason
-
-    with ThreadPoolExecutor(cores()) as pool:
-        for start in range(0, len(files), BATCH_SIZE):
-            names = files[start : start + BATCH_SIZE]
-            inputs = list(pool.map(read, names))
-            good = [x for x in inputs if not isinstance(x, str)]
-            rows = iter(metrics.softmax(forward(tf.stack(good)).numpy()) if good else ())
-            for name, x in zip(names, inputs, strict=True):
-                if isinstance(x, str):
-                    yield name, x
-                else:
-                    row = next(rows)
-                    best = np.argsort(-row, kind="stable")[:top]
-                    yield name, [(class_names[i], float(row[i])) for i in best]
+def _paths_on_stdin() -> Iterator[str]:
+    count = 0
+    for line in sys.stdin.buffer:
+        if path := os.fsdecode(line.rstrip(b"\r\n")):
+            count += 1
+            yield path
+    if not count:
+        raise UserError("-: no path on standard input")
 
 
-def format_prediction(name: str, prediction: Prediction, form: str) -> str:
-    """One prediction as text, as a JSON object or as CSV rows (image, rank, class, probability, error)."""
+def format_prediction(prediction: Prediction, form: str, top: int, threshold: float | None, details: Details) -> str:
+    """One prediction as text, as a JSON object or as CSV rows (image, rank, class, probability, error).
+
+    Where the most probable class is below `threshold`, text and CSV name no class: the CSV has one row of rank 1, with
+    an empty class and the probability of the best. JSON keeps the predictions and says so. Of an unknown image the CSV
+    says "unknown" in the column of errors.
+    """
+    name, error, pairs = prediction.name, prediction.error, prediction.top(top)
+    below = threshold is not None and not error and prediction.top(1)[0][1] < threshold
     if form == "json":
-        if isinstance(prediction, str):
-            return json.dumps({"image": name, "error": prediction}) + "\n"
-        pairs = [{"class": class_name, "probability": probability} for class_name, probability in prediction]
-        return json.dumps({"image": name, "predictions": pairs}) + "\n"
+        if error:
+            return json.dumps({"image": name, "error": error}) + "\n"
+        found = [{"class": class_name, "probability": probability} for class_name, probability in pairs]
+        extra = {} if threshold is None else {"below_threshold": below}
+        extra |= {} if prediction.unknown is None else {"unknown": prediction.unknown}
+        return json.dumps({"image": name, "predictions": found, **extra, **details}) + "\n"
     if form == "csv":
-        text = io.StringIO()
-        rows = (
-            [[defused_path(name), "", "", "", defused(prediction)]]
-            if isinstance(prediction, str)
-            else [
-                [defused_path(name), rank, defused(c), f"{p:.6f}", ""]
-                for rank, (c, p) in enumerate(prediction, start=1)
-            ]
-        )
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        return text.getvalue()
-    if isinstance(prediction, str):
-        return f"{one_line(name)}\n   error  {prediction}\n"
-    return f"{one_line(name)}\n" + "".join(f"  {p:7.4f}  {one_line(c)}\n" for c, p in prediction)
+        if error:
+            return csv_text([[defused_path(name), "", "", "", defused(error)]])
+        shown = [("", pairs[0][1])] if below else pairs
+        remark = "unknown" if prediction.unknown else ""
+        rows = [[defused_path(name), n, defused(c), f"{p:.6f}", remark] for n, (c, p) in enumerate(shown, start=1)]
+        return csv_text(rows)
+    if error:
+        return f"{one_line(name)}\n   error  {error}\n"
+    if below:
+        ((best, probability),) = prediction.top(1)
+        lines = [f"   none above {threshold:g} (the best: {probability:.4f}  {one_line(best)})"]
+    else:
+        lines = [f"  {probability:7.4f}  {one_line(class_name)}" for class_name, probability in pairs]
+    if prediction.unknown:
+        lines.insert(0, "   unknown: unlike the training images")
+    if isinstance(box := details.get("box"), tuple):
+        lines.append("   box  left {}, top {}, right {}, bottom {}".format(*box))
+    return "".join(f"{line}\n" for line in (one_line(name), *lines))
+
+
+class Illustrator:
+    """Draws the heat maps that --heatmap asks for, and finds the boxes of --boxes."""
+
+    def __init__(self, folder: str | None, boxes: bool):
+        from reports import heatmap  # with matplotlib and SciPy: no prediction without heat maps waits for them
+
+        self._heatmap, self._folder, self._boxes = heatmap, folder, boxes
+
+    def details(self, number: int, prediction: Prediction) -> Details:
+        """Of the image `number` of the list, from 0: its box, and the picture that is drawn of it."""
+        found: Details = {}
+        if (seen := prediction.heatmap) is None:
+            return found
+        box = self._heatmap.strongest_box(seen.values, seen.crop) if self._boxes else None
+        if self._boxes:
+            found["box"] = box
+        if self._folder is not None:
+            stem = os.path.splitext(os.path.basename(prediction.name))[0][:50]  # 50 characters are at most 200 bytes
+            path = os.path.join(self._folder, f"{number + 1:06d}-{stem}.jpg")
+            self._heatmap.draw_heatmap(path, seen.picture, seen.values, seen.size, seen.crop, box)
+            found["heatmap"] = path
+        return found
 
 
 def write_results(pieces: list[str]) -> None:
@@ -120,30 +136,128 @@ def write_results(pieces: list[str]) -> None:
         raise Stopped(signal.SIGPIPE) from None  # nobody reads them
 
 
-def main() -> int:
+def write_embeddings(path: str, predictions: list[tuple[str, np.ndarray]]) -> None:
+    """An npz with `images`, str [N], and `features`, float32 [N, C], of the images that could be read, in order."""
+    names = np.array([name for name, _ in predictions])
+    with replace_file(path) as aside, open(aside, "wb") as file:
+        np.savez(file, images=names, features=np.stack([features for _, features in predictions]))
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description="Predict the classes of images with a trained run.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or globs")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, folders or globs; - reads a list of paths from stdin"
+    )
     parser.add_argument("--run", help="run directory of train.py; default: the newest below checkpoints/")
-    parser.add_argument("--top", type=int, default=5, help="classes to show for each image (default: 5)")
-    parser.add_argument("--format", choices=("text", "json", "csv"), default="text", help="default: text")
-    parser.add_argument("--output", help="file to write instead of standard output")
+    answer = parser.add_argument_group("answers")
+    answer.add_argument("--top", type=int, default=5, help="classes to show for each image (default: 5)")
+    answer.add_argument(
+        "--threshold", type=float, metavar="P", help="name no class where the largest probability is below P"
+    )
+    answer.add_argument(
+        "--unknown",
+        type=float,
+        metavar="RATE",
+        help="say which images are unlike the training images; RATE, such as 0.05: the share of known ones called so",
+    )
+    answer.add_argument("--raw", action="store_true", help="probabilities without the run's calibration")
+    answer.add_argument(
+        "--tta",
+        type=int,
+        metavar="N",
+        help="mean probabilities of the central view, its mirror image and N random views of the image",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--format", choices=("text", "json", "csv"), default="text", help="default: text")
+    output.add_argument("--output", metavar="FILE", help="file to write instead of standard output")
+    output.add_argument("--embeddings", metavar="FILE.npz", help="write the features that enter the head, averaged")
+    output.add_argument("--heatmap", metavar="DIR", help="draw where the network looked, one picture an image")
+    output.add_argument("--boxes", action="store_true", help="the box around the strongest region of the heat map")
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--batch-size", type=int, default=BATCH_SIZE, help=f"images computed at a time (default: {BATCH_SIZE})"
+    )
+    work.add_argument("--shard", metavar="I/N", help="every N-th image from the I-th on: one of N hosts' part")
     arguments = parser.parse_args()
-    if arguments.top < 1:
-        raise UserError(f"--top {arguments.top}: must be at least 1")
-    if arguments.output:
-        check_writable("--output", arguments.output)
+    for flag, value, least in (
+        ("--top", arguments.top, 1),
+        ("--tta", arguments.tta, 0),
+        ("--batch-size", arguments.batch_size, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{flag} {value}: must be at least {least}")
+    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
+        raise UserError(f"--threshold {arguments.threshold:g}: must be a probability, from 0 to 1")
+    if arguments.boxes and arguments.format == "csv" and not arguments.heatmap:
+        raise UserError("--boxes: a CSV has no place for boxes; add --heatmap DIR or take --format json")
+    for flag in ("output", "embeddings"):
+        if path := getattr(arguments, flag):
+            check_writable(f"--{flag}", path)
+    if arguments.heatmap is not None:
+        check_folder("--heatmap", arguments.heatmap)
+    return arguments
+
+
+def shard_of(text: str | None) -> tuple[int, int]:
+    """The first image, from 0, and the step between the images of a shard given as I/N."""
+    if text is None:
+        return 0, 1
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard {text}: must be I/N with I from 1 to N, such as 1/4")
+    return int(match[1]) - 1, int(match[2])
+
+
+def predictions_with_bar(predictions: Iterable[Prediction], total: int | None, shown: bool) -> Iterator[Prediction]:
+    """`predictions`, under a bar on stderr where that is a terminal and the results do not go to one."""
+    if not shown:
+        yield from predictions
+        return
+    with progress_bar(total, 0, "predicting", leave=False) as bar:  # type: ignore[arg-type]  # None: not known
+        for prediction in predictions:
+            yield prediction
+            bar.update()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    first, step = shard_of(arguments.shard)
     run = newest_run() if arguments.run is None else Run(arguments.run)
-    pieces = ["image,rank,class,probability,error\n"] if arguments.format == "csv" else []
-    failed = 0
     files = find_files(arguments.images)
-    for name, prediction in predict(run, files, arguments.top):
-        if isinstance(prediction, str):
+    devices.use_threads(run.config().threads)
+    devices.grow_gpu_memory()
+    drawing = arguments.heatmap is not None or arguments.boxes
+    illustrator = Illustrator(arguments.heatmap, arguments.boxes) if drawing else None
+    predictor = Predictor(
+        run,
+        batch_size=arguments.batch_size,
+        tta=arguments.tta,
+        calibrated=not arguments.raw,
+        heatmaps=drawing,
+        unknown_rate=arguments.unknown,
+    )
+    total = len(range(first, len(files), step)) if isinstance(files, list) else None
+    predictions = predictions_with_bar(
+        predictor.predict(itertools.islice(files, first, None, step)),
+        total,
+        bool(arguments.output) or not sys.stdout.isatty(),
+    )
+    pieces = ["image,rank,class,probability,error\n"] if arguments.format == "csv" else []
+    embeddings: list[tuple[str, np.ndarray]] = []
+    count = failed = 0
+    for count, prediction in enumerate(predictions, start=1):
+        if prediction.error:
             failed += 1
-            print(f"error: {one_line(name)}: {prediction}", file=sys.stderr)
-        pieces.append(format_prediction(name, prediction, arguments.format))
+            tqdm.write(f"error: {one_line(prediction.name)}: {prediction.error}", file=sys.stderr)
+        details = illustrator.details(first + step * (count - 1), prediction) if illustrator else {}
+        if arguments.embeddings and not prediction.error:
+            embeddings.append((prediction.name, prediction.features))
+        pieces.append(format_prediction(prediction, arguments.format, arguments.top, arguments.threshold, details))
         if not arguments.output:
             write_results(pieces)
             pieces.clear()
+    if embeddings:
+        write_embeddings(arguments.embeddings, embeddings)
     if arguments.output:
         try:
             write_text(arguments.output, "".join(pieces))
@@ -153,7 +267,7 @@ def main() -> int:
                 f"--output {arguments.output}: {error.strerror}; the results are on standard output"
             ) from None
     # Some bad images are a partial result; with none that can be read there is no result.
-    return 0 if not failed else 2 if failed == len(files) else 1
+    return 0 if not failed else 2 if failed == count else 1
 
 
 if __name__ == "__main__":

@@ -112,6 +112,10 @@ class Network(tf.Module):
         """The shape of one example where it enters `stage`."""
         return self._input_shapes[stage]
 
+    def layer(self, stage: str) -> Layer:
+        """What computes a stage."""
+        return self._layers[stage]
+
     def pools(self, stage: str) -> bool:
         """Whether only the mean over positions of what enters `stage` counts, so that it may be kept instead."""
         return stage == "gap"
@@ -180,8 +184,12 @@ class RootedLinear(tf.Module):
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         """[B, H, W, C] float32, none negative -> [B, classes]."""
+        return tf.nn.bias_add(tf.matmul(self.features(x), self.weights), self.biases)
+
+    def features(self, x: tf.Tensor) -> tf.Tensor:
+        """[B, H, W, C] float32, none negative -> what is classified, [B, features] of length `FEATURE_NORM`."""
         pooled = self.head == "gap"
         features = tf.reduce_mean(x, axis=[1, 2]) if pooled else tf.reshape(x, [-1, math.prod(x.shape[1:])])
         share = features / (tf.reduce_sum(features, axis=1, keepdims=True) + 1e-6)  # [B, features], sums to 1
         share = (1.0 - EVEN_SHARE) * share + EVEN_SHARE / features.shape[1]
-        return tf.nn.bias_add(tf.matmul(FEATURE_NORM * tf.sqrt(share), self.weights), self.biases)
+        return FEATURE_NORM * tf.sqrt(share)

@@ -7,6 +7,8 @@ metrics.jsonl a line per log event: values that depend on the seed alone, equal 
 timing.jsonl  a line per line of metrics.jsonl: seconds and images/s, which depend on the machine
 train/, val/  TensorBoard event files
 latest/       the last two checkpoints, with the optimiser's state
+calibration.json  the temperature of calibrated probabilities
+known.npz     features of the training images, for --unknown (where the head alone was trained on cached activations)
 best/         the checkpoint with the highest validation accuracy, variables only
 """
 
@@ -14,6 +16,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import re
 import sys
@@ -30,6 +33,7 @@ import tensorflow as tf
 
 from console import UserError, one_line
 from data import Preprocessing
+from dataset.corrections import Correction
 from devices import compute_dtype
 from files import UNSUPPORTED, flush_to_disk, open_regular, warn_once, write_json, write_text
 from model import Network
@@ -46,7 +50,7 @@ class Phase:
     """Steps [first_step, end_step) of a run, in which the stages from `train_from` on are trained.
 
     Their input is what enters `input_stage`: images (the network's first stage), or `views` cached views of the
-    activations there.
+    activations there. `solver`: `sgd`, or `lbfgs` for a head that is solved at once, as if all those steps were done.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Phase:
     views: int
     first_step: int
     end_step: int
+    solver: str = "sgd"
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class RunConfig:
 
     settings: every field of `training.settings.Settings` by name; counts: images of each split.
     excluded: relative names of bad images that the run leaves out; new_variables: names not restored.
+    corrections: labels changed and images dropped by --relabel; `counts` are those after it.
     threads: CPU threads that an operation is divided among, which decides how sums are rounded (0: not recorded).
     """
 
@@ -118,6 +124,7 @@ class RunConfig:
     new_variables: list[str]
     versions: dict[str, str]
     excluded: list[str] = field(default_factory=list)
+    corrections: list[Correction] = field(default_factory=list)
     threads: int = 0
     format: int = FORMAT
 
@@ -198,7 +205,7 @@ class Run:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise UserError(f"--run {self.path}: can't be used as a folder: {error.strerror}") from None
+            raise UserError(f"--run {self.path}: can't be written: {error.strerror}") from None
         # A run that was killed while it was created has at most these two.
         if others and set(others) - {"classes.txt", "images.csv"}:
             raise UserError(
@@ -225,6 +232,18 @@ class Run:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not the record of a run: {one_line(error)[:200]}") from None
+
+    def temperature(self) -> float:
+        """What logits are divided by for calibrated probabilities; 1 in a run without calibration.json."""
+        try:
+            value = json.loads(self._read_text("calibration.json"))["temperature"]
+            if isinstance(value, int | float) and 0 < value < math.inf:
+                return float(value)
+        except FileNotFoundError:
+            return 1.0
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        raise UserError(f"{self.path / 'calibration.json'}: damaged; without that file probabilities are uncalibrated")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -11,10 +11,11 @@ import shlex
 import sys
 import time
 
-from console import ArgumentParser, Stopped, quiet_tensorflow, run_script
+from console import ArgumentParser, Stopped, UserError, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
+from devices import explain_gpu
 from run import Run
 from training.session import train
 from training.settings import Settings, add_flags
@@ -26,8 +27,11 @@ def parse_arguments(arguments: list[str]) -> tuple[str, str | None, Settings]:
     layouts = "a folder (Food-101, split folders, a folder per class) or a CSV (path,label[,split])"
     parser.add_argument("data", metavar="DATA", help=layouts)
     parser.add_argument("--run", help="run directory; one that exists is resumed (default: checkpoints/<time>-<hash>)")
+    parser.add_argument("--require-gpu", action="store_true", help="an error, with the cause, where no GPU can be used")
     add_flags(parser)
     values = vars(parser.parse_args(arguments))
+    if values.pop("require_gpu") and (problem := explain_gpu()):
+        raise UserError(f"--require-gpu: {problem}")
     return values.pop("data"), values.pop("run"), Settings.from_dict(values)
 
 

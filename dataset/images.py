@@ -29,7 +29,7 @@ from PIL import (
 
 from console import UserError, cores, one_line
 from dataset import jpeg
-from dataset.pixels import rgb, scale_transparency, turn_upright
+from dataset.pixels import rgb, scale_transparency, upright
 
 MAX_PIXELS = 128_000_000  # 12,000 x 9,000 fits; decoding takes up to 16 bytes a pixel, so it stays below 2 GiB
 MAX_SIDE = 65_535  # no JPEG is longer
@@ -111,13 +111,17 @@ def decode_image(contents: bytes, name: str) -> np.ndarray:
         raise ImageError(name, "holds only zero bytes" if zeros else f"is not an image (starts with {contents[:12]!r})")
     image = _open_image(contents, kind, name)
     try:
+        pixels = None
         if kind == "jpeg":
             jpeg.check_scans(contents)
+            if image.mode in ("RGB", "L"):
+                pixels = jpeg.decode(contents)
         if kind == "png":
             scale_transparency(image, contents[24])
-        image.load()
-        turn_upright(image)
-        return rgb(image)
+        if pixels is None:
+            image.load()
+            pixels = rgb(image)
+        return upright(pixels, image)
     except Exception as error:
         raise ImageError(name, _damage(kind, error)) from error
 

@@ -7,6 +7,9 @@ import re
 import struct
 from collections.abc import Iterator
 
+import numpy as np
+import simplejpeg
+
 MAX_SCANS = 200  # encoders write 10, careful ones up to 100; each costs the time of a whole picture
 SOF, SOS, EOI = (0xC0, 0xC1, 0xC2), 0xDA, 0xD9  # frames that libjpeg decodes, the start of a scan, the end
 # A marker: no stuffed byte (00), fill byte (FF), restart within a scan (D0 to D7) or TEM (01), which have no length.
@@ -40,3 +43,15 @@ def picture_size(head: bytes) -> tuple[int, int] | None:
             bits, height, width, channels = struct.unpack_from(">BHHB", head, at + 2)
             sides = (width, height) if bits == 8 and channels in (1, 3, 4) and width and height else None
     return None
+
+
+def decode(contents: bytes) -> np.ndarray | None:
+    """The pixels of a JPEG in grey or colour, uint8 [H, W, 3] RGB as stored; None where anything in it is odd.
+
+    By libjpeg-turbo in its default, most accurate way, as Pillow does it and with the same bits, but without Pillow's
+    two copies. What is odd is left to Pillow, which tolerates some of it and has the words for the rest.
+    """
+    try:
+        return simplejpeg.decode_jpeg(contents, strict=True)
+    except ValueError:
+        return None

@@ -1,21 +1,31 @@
-"""A loaded Pillow image of any mode -> upright uint8 RGB."""
+"""A Pillow image of any mode -> upright uint8 RGB."""
 
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFile, ImageOps, JpegImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, ImageChops, ImageFile, JpegImagePlugin, TiffImagePlugin
 
 BAND_PIXELS = 1 << 22  # the largest piece that is converted at once
 
 
-def turn_upright(image: ImageFile.ImageFile) -> None:
-    """Applies the EXIF (or XMP) orientation of a loaded image; whatever cannot be parsed counts as upright."""
+def upright(pixels: np.ndarray, image: ImageFile.ImageFile) -> np.ndarray:
+    """Pixels [H, W, 3] turned as the EXIF (or XMP) orientation of their image says; what cannot be parsed is upright.
+
+    Of an image that Pillow has loaded, what its reader has turned by itself is not turned again.
+    """
     try:
-        ImageOps.exif_transpose(image, in_place=True)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
     except Exception:
-        return
+        return pixels
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def scale_transparency(image: ImageFile.ImageFile, depth: int) -> None:

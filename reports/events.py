@@ -79,6 +79,9 @@ class EventWriter:
             for tag in TAGS:
                 if math.isfinite(value := number(record, tag)):
                     tf.summary.scalar(tag, value, step=record["step"])
+            for place, point in enumerate(record.get("out_of_fold", ())):  # one for each strength, strong to weak
+                for tag in ("log_loss", "accuracy"):
+                    tf.summary.scalar(f"out_of_fold/{tag}", number(point, tag), step=place)
 
     def images(self, split: str, tag: str, images: np.ndarray, step: int) -> None:
         """Adds pictures, uint8 [N, H, W, 3]."""

@@ -28,10 +28,11 @@ RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def pytest_configure(config: pytest.Config) -> None:
     """Makes a warning that one of the project's own modules causes an error, and Ctrl-C work under nohup and `&`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` has it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     for module in ROOT.glob("*.py"):
         config.addinivalue_line("filterwarnings", rf"error:::{module.stem}$")
-    for package in ("dataset", "networks", "reports", "tools", "training", "weights"):
+    for package in ("dataset", "exporting", "networks", "reports", "tools", "training", "weights"):
         config.addinivalue_line("filterwarnings", rf"error:::{package}\..*")
 
 

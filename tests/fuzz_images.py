@@ -270,7 +270,7 @@ def run_inference(count: int, seed: int, folder: Path) -> tuple[Counter[str], fl
     from console import quiet_tensorflow
 
     quiet_tensorflow()
-    import inference
+    from predictor import Predictor
     from run import Run
     from tests import kill_run
     from training import session
@@ -286,12 +286,13 @@ def run_inference(count: int, seed: int, folder: Path) -> tuple[Counter[str], fl
     counts: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
     longest, begin = 0.0, time.monotonic()
     names = [str(file) for file in files]
-    for number, (name, prediction) in enumerate(inference.predict(Run(folder / "run"), names, top=1)):
-        if number % inference.BATCH_SIZE == 0 and number:  # the first one compiles
+    predictor = Predictor(Run(folder / "run"), batch_size=16)
+    for number, prediction in enumerate(predictor.predict(names)):
+        if number % 16 == 0 and number:  # the first one compiles
             longest = max(longest, time.monotonic() - begin)
         begin = time.monotonic()
-        refused = isinstance(prediction, str)
-        sane = name == names[number] and (refused or (len(prediction) == 1 and 0 < float(prediction[0][1]) <= 1))
+        refused = bool(prediction.error)
+        sane = prediction.name == names[number] and (refused or 0 < prediction.top(1)[0][1] <= 1)
         counts[("refused" if refused else "decoded") if sane else "other exception"] += 1
     return counts, longest
 

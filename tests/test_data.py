@@ -19,6 +19,7 @@ import data
 from data import CENTRAL_VIEW, Order, Preprocessing, preprocess
 from dataset import images
 from dataset.layouts import Examples
+from networks.vgg import MEAN_RGB
 
 COUNT, BATCH, SEED = 11, 4, 5  # three steps an epoch, the last one short
 
@@ -121,7 +122,7 @@ def test_tiny_and_very_long_images_come_out_whole(height: int, width: int, seed:
 def test_mean_of_imagenet_is_subtracted_in_rgb_order() -> None:
     image = np.full((50, 50, 3), (200, 100, 0), np.uint8)
     expected = np.float32([200 - 123.68, 100 - 116.78, 0 - 103.94])
-    result = preprocess(tf.constant(image), Preprocessing(32))
+    result = preprocess(tf.constant(image), Preprocessing(32, mean_rgb=MEAN_RGB))
     assert result.dtype == tf.float32
     assert np.allclose(result, expected, atol=1e-4)
 

@@ -19,7 +19,7 @@ from dataset import layouts
 from dataset.contents import fingerprints
 from dataset.layouts import Examples
 from model import Network
-from networks.vgg import MEAN_RGB
+from networks.vgg import MEAN_RGB, vgg
 from run import Phase, Run, new_network
 from tests import kill_run
 from tests.conftest import TINY, call
@@ -30,9 +30,9 @@ from training.settings import Settings
 from training.step import Trainer, decay_over
 
 CENTRAL, VIEWS = [data.CENTRAL_VIEW], [0, 1]
-CHANNELS = ((4,), (6,), (6,), (8,), (8,))  # of the tiny network
+CHANNELS = vgg((4,), (6,), (6,), (8,), (8,), fc_units=16)  # of the tiny network
 COUNT = 70  # two whole batches of rows and a short one
-ROW = 8 * 2 + CHECKSUM_BYTES  # bytes of what enters the gap head: eight numbers of float16
+ROW = 8 * 4 + CHECKSUM_BYTES  # bytes of what enters the gap head: the mean of eight channels in float32
 SPEC = data.Preprocessing(image_size=32)
 
 
@@ -168,9 +168,9 @@ def test_stages_filled_in_one_pass_equal_each_filled_alone(
 
 
 def test_activations_beyond_float16_are_kept_at_its_largest_number(tmp_path: Path, examples: Examples) -> None:
-    model = build()
+    model = build(head="linear")
     model.variables_by_name["tiny/conv5/conv5_1/biases"].assign(np.full(8, 1e6))
-    rows = load(filled(make_cache(model, "gap", examples, CENTRAL, tmp_path)).loader(), [(0, -1), (69, -1)])
+    rows = load(filled(make_cache(model, "linear", examples, CENTRAL, tmp_path)).loader(), [(0, -1), (69, -1)])
     assert (rows == np.finfo(np.float16).max).all()
 
 

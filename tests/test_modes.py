@@ -14,7 +14,7 @@ from model import Network
 from networks.vgg import MEAN_RGB
 from run import Run
 from tests.conftest import TINY, call, event_values, rows_of, scalars
-from tools import benchmark, find_learning_rate, learning_curve
+from tools import find_learning_rate, learning_curve
 from training import features
 from training.settings import Settings
 
@@ -225,17 +225,3 @@ def test_learning_curve_trains_on_the_drawn_images_with_their_labels(
         expected = {(union.index(path), int(label)) for path, label in zip(draw.paths, draw.labels, strict=True)}
         nearest = {(int(np.abs(rows - entered).sum(axis=(1, 2, 3)).argmin()), label) for entered, label in examples}
         assert nearest == expected
-
-
-def test_benchmark_times_both_ways(
-    sample_images: Path,
-    tmp_path: Path,
-    weights: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert call(benchmark, sample_images, *TINY, "--pretrained", weights, "--steps", 2) == 0
-    assert "of an uncached one (median of 2 pairs)" in capfd.readouterr().out
-    assert call(benchmark, sample_images, *TINY, "--pretrained", weights, "--train-from", "conv1") == 2
-    assert "nothing is frozen" in capfd.readouterr().err

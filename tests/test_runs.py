@@ -357,7 +357,7 @@ def test_nothing_is_written_among_the_images(begun, tmp_path, monkeypatch, capfd
 def test_an_output_that_cannot_be_written_is_said_before_the_work(begun, tmp_path, monkeypatch, capfd, place):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(inference, "predict", lambda *_: pytest.fail("worked first"))
+    monkeypatch.setattr(inference, "Predictor", lambda *_, **__: pytest.fail("worked first"))
     image = next(begun[0].rglob("*.jpg"))
     assert call(inference, image, "--run", begun[1], "--output", place) == 2
     assert f"--output {place}: can't be written" in line_of(capfd)

@@ -312,6 +312,71 @@ def test_split_data_mistakes(tmp_path, capsys):
     assert not (tmp_path / "y.csv").exists()
 
 
+def write_groups(path: Path, groups: dict[str, list[str]]) -> Path:
+    rows = [f"{name},{image}" for name, images in groups.items() for image in images]
+    path.write_text("group,image\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def test_split_data_keeps_groups(tmp_path):
+    root = make_classes(tmp_path / "data", {"a": 20, "b": 20})
+    pairs = {f"p{i}": [f"a/{2 * i:03d}.png", f"a/{2 * i + 1:03d}.png"] for i in range(8)}
+    groups = {**pairs, "both": ["a/019.png", "b/000.png", "b/001.png"]}
+    listed = write_groups(tmp_path / "groups.csv", groups)
+    for seed in range(10):
+        out = tmp_path / "x.csv"
+        flags = ("--val-fraction", 0.25, "--test-fraction", 0.25, "--seed", seed, "--keep-groups", listed)
+        assert run(split_data, root, out, *flags) == 0
+        splits = splits_of(out)
+        split_of = {name.removeprefix("data/"): split for split, images in splits.items() for name in images}
+        assert len(split_of) == 40
+        for images in groups.values():
+            assert len({split_of[image] for image in images}) == 1
+        for split in ("val", "test"):
+            assert abs(len(splits[split]) - 10) <= 4
+    assert run(split_data, root, tmp_path / "k.csv", "--k-fold", 4, "--keep-groups", listed) == 0
+    for i in range(1, 5):
+        splits = splits_of(tmp_path / f"k-{i}.csv")
+        val = {name.removeprefix("data/") for name in splits["val"]}
+        assert 8 <= len(val) <= 12
+        assert all(len(val & set(images)) in (0, len(images)) for images in groups.values())
+
+
+def test_split_data_leaves_out_what_a_test_split_has_a_copy_of(tmp_path, capsys):
+    root = tmp_path / "data"
+    for split in ("train", "test"):
+        make_classes(root / split, {"a": 4, "b": 4})
+    listed = write_groups(tmp_path / "g.csv", {"1": ["train/a/000.png", "test/a/003.png", "train/b/001.png"]})
+    assert run(split_data, root, tmp_path / "x.csv", "--keep-groups", listed) == 0
+    assert "left out 2 images of train and val" in capsys.readouterr().err
+    splits = splits_of(tmp_path / "x.csv")
+    assert len(splits["test"]) == 8
+    names = splits["train"].keys() | splits["val"].keys()
+    assert len(names) == 6
+    assert not names & {"data/train/a/000.png", "data/train/b/001.png"}
+
+
+def test_split_data_mistakes_in_groups(tmp_path, capsys):
+    root = make_classes(tmp_path / "data", {"a": 4, "b": 2})
+    mistakes = [
+        ("image\na/000.png\n", "no column 'group'"),
+        ("group,image\n1,a/009.png\n", "'a/009.png' is not an image"),
+        ("group,image\n1,a/000.png\n2,a/000.png\n", "in group '2' and '1'"),
+        ("group,image\n1,a/000.png,x\n", "more cells"),
+        ("group,image\n" + "".join(f"1,{i}.png\n" for i in ("a/000", "b/000", "b/001")), ""),
+    ]
+    for text, words in mistakes:
+        (tmp_path / "g.csv").write_text(text)
+        status = run(split_data, root, tmp_path / "x.csv", "--keep-groups", tmp_path / "g.csv")
+        err = capsys.readouterr().err
+        assert words in err
+        assert (status, err.count("\n")) == ((2, 1) if words else (0, 0))
+    # All images of b are one group, so that one of two folds has none to train on.
+    assert run(split_data, root, tmp_path / "x.csv", "--k-fold", 2, "--keep-groups", tmp_path / "g.csv") == 2
+    assert "no training image of fold" in capsys.readouterr().err
+    assert run(split_data, root, tmp_path / "x.csv", "--keep-groups", tmp_path / "none.csv") == 2
+
+
 # -- compare ---------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +416,7 @@ def test_compare_scores(tmp_path):
     assert row == {
         "kind": "run", "run": "one", "epochs done": "3.0", "best val accuracy": "0.75", "best val loss": "0.25",
         "final val accuracy": "0.75", "test accuracy": "0.625", "seconds": "10.5", "train images/s": "30.0", "note": "",
+            "difference from best": "", "difference low": "", "difference high": "", "p": "",
     }  # fmt: skip
 
 
@@ -423,6 +489,47 @@ def test_compare_of_broken_runs(tmp_path, capsys):
 def test_compare_names_equal_folders_by_their_paths(tmp_path):
     runs = [make_run(tmp_path / parent / "run", [best], [1.0]) for parent, best in (("a", 0.1), ("b", 0.2))]
     assert [row["run"] for row in compared(*runs, runs[0], tmp_path=tmp_path)] == [str(runs[1]), str(runs[0])]
+
+
+def answer(run_folder: Path, right: str, true: str | None = None) -> Path:
+    """Gives a run the predictions of a validation split: `right` has a 1 or a 0 for each image."""
+    lines = [f"./=x{i}.jpg,{(true or 'a' * len(right))[i]},b,0.5,0.5,{r}" for i, r in enumerate(right)]
+    (run_folder / "predictions-val.csv").write_text(
+        "image,true,predicted,probability,probability_true,correct\n" + "".join(f"{line}\n" for line in lines)
+    )
+    return run_folder
+
+
+def test_compare_says_which_differences_are_real(tmp_path, capsys):
+    best = answer(make_run(tmp_path / "best", [0.95], [0.1]), "1" * 95 + "0" * 5)
+    near = answer(make_run(tmp_path / "near", [0.93], [0.1]), "0" * 4 + "1" * 91 + "1" * 2 + "0" * 3)
+    far = answer(make_run(tmp_path / "far", [0.75], [0.1]), "0" * 20 + "1" * 75 + "0" * 5)
+    other = answer(make_run(tmp_path / "other", [0.5], [0.1]), "10" * 50, "b" + "a" * 99)  # of another class
+    no_predictions = make_run(tmp_path / "none", [0.4], [0.1])
+    damaged = make_run(tmp_path / "damaged", [0.3], [0.1])
+    (damaged / "predictions-val.csv").write_text("image,true\nx,y\n")
+    rows = {row["run"]: row for row in compared(best, near, far, other, no_predictions, damaged, tmp_path=tmp_path)}
+    assert [rows[name]["p"] for name in ("best", "other", "none", "damaged")] == [""] * 4
+    assert rows["damaged"]["note"] == "predictions-val.csv is damaged"
+    assert float(rows["near"]["difference from best"]) == pytest.approx(-0.02)
+    # McNemar by hand: 4 against 2 of 6 (P(X <= 2) = 22 / 64), 20 against 0; Holm: the smaller p twice
+    assert float(rows["near"]["p"]) == pytest.approx(2 * 22 / 64)
+    assert float(rows["far"]["p"]) == pytest.approx(2 * 2 / 2**20)
+    low, high = float(rows["far"]["difference low"]), float(rows["far"]["difference high"])
+    assert low < -0.2 < high < 0
+    assert run(compare, tmp_path, "--format", "text") == 0
+    text = capsys.readouterr().out
+    assert "Against best, on the same 100 validation images:" in text
+    lines = text.split("Against best")[1].splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith(("near", "far"))] == ["no", "yes"]
+    assert "Against" not in compare.render([], "text")
+    # Two runs on other data, the better of which is the best of all, are compared with each other alone.
+    answer(make_run(tmp_path / "first", [0.99], [0.1]), "1" * 50)
+    answer(make_run(tmp_path / "second", [0.9], [0.1]), "0" * 10 + "1" * 40)
+    assert run(compare, tmp_path) == 0
+    text = capsys.readouterr().out
+    assert "Against first, on the same 50 validation images:" in text
+    assert "Against best, on the same 100 validation images:" in text
 
 
 # -- explore_data ----------------------------------------------------------------------------------------------------

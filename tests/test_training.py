@@ -13,6 +13,7 @@ import tensorflow as tf
 import model as model_module
 from dataset.layouts import Examples
 from model import Network
+from networks.vgg import vgg
 from run import Phase
 from training import plan
 from training.settings import Settings
@@ -33,9 +34,8 @@ Batches = list[tuple[np.ndarray, np.ndarray]]
 @pytest.fixture(autouse=True)
 def tiny_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks of a few channels: `tiny`, and `deep` with two layers in its last stages."""
-    monkeypatch.setitem(model_module.NETWORKS, "tiny", ((4,), (6,), (6,), (8,), (8,)))
-    monkeypatch.setitem(model_module.NETWORKS, "deep", ((4,), (4,), (6,), (6, 6), (8, 8)))
-    monkeypatch.setattr(model_module, "FC_UNITS", 16)
+    monkeypatch.setitem(model_module.NETWORKS, "tiny", vgg((4,), (6,), (6,), (8,), (8,), fc_units=16))
+    monkeypatch.setitem(model_module.NETWORKS, "deep", vgg((4,), (4,), (6,), (6, 6), (8, 8), fc_units=16))
 
 
 def build(network: str = "tiny", head: str = "gap", size: int = 32, **options: Any) -> Network:

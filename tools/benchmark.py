@@ -1,48 +1,183 @@
-"""Training speed with and without cached activations: python -m tools.benchmark DATA --train-from conv5 [flags].
+"""Speed, measured against what people would use instead: python -m tools.benchmark COMMAND [flags].
 
-The two ways take turns, step by step, in one process, since machines are shared and their speed drifts; the median of
-each and the ratio are printed. Computing the cache is not part of it. Takes the flags of train.py.
+The candidates take turns in one process, since machines are shared and their speed drifts; medians, spread and ratios
+are printed, and with --record FILE appended to a file with the machine, the versions and the command.
 """
 
+import argparse
 import dataclasses
-import time
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from console import ArgumentParser, StopSignals, UserError, quiet_tensorflow, run_script
+from console import ArgumentParser, StopSignals, UserError, one_line, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
 import numpy as np
+import tensorflow as tf
 
 import data
+import devices
+from files import check_writable
+from model import NETWORKS, Network
 from reports.tables import table
 from run import Phase
+from tools.benchmark_input import candidates
+from tools.timing import Candidate, comparison, machine, record, take_turns
 from training.evaluation import readable_failures
 from training.session import prepare
 from training.settings import Settings, add_flags
-from training.step import Trainer, decay_over
+from training.step import Optimisation, Trainer, compiled_forward, decay_over
 
-WARM_UP = 2  # steps of each way that are not counted
+Rounds = tuple[int, int]  # timed, and before them those that are not counted
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def timed_steps(
-    trainer: Trainer, phase: Phase, load: data.Load, labels: np.ndarray, order: data.Order
-) -> Iterator[float]:
-    """Seconds of one step after another, reading its batch included; the device's work has ended at each."""
+# -- step, inference -------------------------------------------------------------------------------------------------
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="vgg_19", help="default: vgg_19")
+    parser.add_argument("--head", choices=("fc", "gap", "linear"), default="fc", help="default: fc")
+    parser.add_argument("--train-from", default="", help="first stage to train; default: all")
+    parser.add_argument("--image-size", type=int, default=0, help="pixels; default: as published")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a step (default: 16)")
+    parser.add_argument("--classes", type=int, default=101, help="default: 101")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="default: auto")
+    parser.add_argument("--peers", action="store_true", help="also Keras', the published script's, PyTorch's (VGG19)")
+
+
+def flops(forward: Callable) -> float:
+    """Multiplications and additions of the convolutions and matrix products that one image takes in `forward`."""
+    total = 0.0
+    for op in forward.get_concrete_function().graph.get_operations():  # type: ignore[attr-defined]
+        if op.type in ("Conv2D", "DepthwiseConv2dNative", "MatMul"):
+            positions = int(np.prod(op.outputs[0].shape[1:-1]))  # none for a matrix product
+            total += 2.0 * positions * int(np.prod(op.inputs[1].shape))
+    return total
+
+
+def matrix_product(dtype: tf.DType, side: int = 2048) -> tuple[Candidate, float]:
+    """Products of large matrices, which show how fast the machine multiplies at best, and their operations."""
+    a = tf.cast(tf.random.stateless_normal([side, side], [0, 0]), dtype)
+    times = 4
+
+    @tf.function(autograph=False)
+    def multiply() -> tf.Tensor:
+        product = a
+        for _ in range(times):
+            product = tf.matmul(product, a)
+        return tf.reduce_sum(tf.cast(product, tf.float32))
+
+    def work() -> int:
+        multiply().numpy()
+        return 1
+
+    return work, times * 2.0 * side**3
+
+
+def ours(network: Network, first: str, compile: str, x: np.ndarray, labels: np.ndarray) -> tuple[Candidate, Candidate]:
+    """Our step from stage `first` on and our forward pass; the device's work has ended when they return."""
+    phase = Phase("all", first, network.stages[0], 0, 0, 10**6)
+    trainer = Trainer(network, Optimisation(compile=compile), [phase], frozenset(), 0)
+    step, predict = trainer.train_step(phase, decay_over(phase, trainer.settings)), compiled_forward(network)
+    images, of_images = tf.constant(x), tf.constant(labels)
+
+    def train() -> int:
+        step(images, of_images)
+        trainer.take_sums()
+        return len(x)
+
+    def forward() -> int:
+        predict(images).numpy()
+        return len(x)
+
+    return train, forward
+
+
+def measure_network(arguments: argparse.Namespace, rounds: Rounds, stop: StopSignals) -> str:
+    """The train step, or the forward pass, of a network on images of noise."""
+    dtype = devices.compute_dtype(arguments.precision)
+    size = arguments.image_size or NETWORKS[arguments.network].image_size
+    try:
+        network = Network(arguments.network, arguments.head, arguments.classes, size, compute_dtype=dtype)
+    except ValueError as error:
+        raise UserError(f"--image-size {size}: {error}") from None
+    first = arguments.train_from or network.stages[0]
+    if first not in network.stages:
+        raise UserError(f"--train-from {first}: {arguments.network} has the stages {', '.join(network.stages)}")
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 60, (arguments.batch_size, size, size, 3)).astype(np.float32)
+    labels = rng.integers(0, arguments.classes, arguments.batch_size)
+    pairs = {"ours": ours(network, first, arguments.compile, x, labels)}
+    if arguments.peers:
+        if (arguments.network, arguments.head, first, size) != ("vgg_19", "fc", network.stages[0], 224):
+            raise UserError(
+                "--peers: they train vgg_19 with the fc head, all stages, at 224 px: leave other flags away"
+            )
+        from tools import benchmark_peers
+
+        pairs |= benchmark_peers.peers(x, labels, arguments.classes, dtype.name)
+    place = 0 if arguments.command == "step" else 1
+    product, product_flops = matrix_product(dtype)
+    measured = take_turns({**{name: pair[place] for name, pair in pairs.items()}, "product": product}, *rounds, stop)
+    text = f"{dtype.name}, batch {arguments.batch_size}\n"
+    products = measured.pop("product")
+    text += comparison(measured)
+    if place == 0 and first != network.stages[0]:
+        return text  # how much of a backward pass that is, depends on the stage
+    # On a shared CPU, by the time of its cores: both use all of them.
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    best = product_flops / float(np.median([r.wall if on_gpu else r.cpu for r in products]))
+    seconds = float(np.median([(r.wall if on_gpu else r.cpu) / r.images for r in measured["ours"]]))
+    share = (1.0 if place else 3.0) * flops(compiled_forward(network)) / seconds / best
+    return f"{text}\nours reaches {share:.0%} of what products of large matrices reach here"
+
+
+# -- cache -----------------------------------------------------------------------------------------------------------
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="every *.jpg in and below it is read")
+    parser.add_argument("--images", type=int, default=400, help="at most so many files (default: 400)")
+
+
+def measure_input(arguments: argparse.Namespace, rounds: Rounds, stop: StopSignals) -> str:
+    """`taskset -c 0` in front gives the figures of one core."""
+    paths = [str(path) for path in sorted(arguments.folder.rglob("*.jpg"))[: max(1, arguments.images)]]
+    if not paths:
+        raise UserError(f"{one_line(arguments.folder)} holds no *.jpg: give a folder of JPEG files")
+    return comparison(take_turns(candidates(paths), *rounds, stop))
+
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="as for train.py")
+    add_flags(parser, train_from="conv5", batch_size=32)
+
+
+def steps_of(trainer: Trainer, phase: Phase, load: data.Load, labels: np.ndarray, order: data.Order) -> Candidate:
+    """A step, the reading of its batch included."""
     step = trainer.train_step(phase, decay_over(phase, trainer.settings))
     order = dataclasses.replace(order, views=phase.views)
-    batches = iter(data.train_batches(load, labels, order, 0, phase.end_step))
-    while True:
-        begin = time.perf_counter()
+    batches: Iterator = iter(data.train_batches(load, labels, order, 0, phase.end_step))
+
+    def work() -> int:
         x, y, _ = next(batches)
         step(x, y)
         trainer.take_sums()
-        yield time.perf_counter() - begin
+        return len(x)
+
+    return work
 
 
-def compare(settings: Settings, data_path: str, steps: int) -> dict[str, list[float]]:
-    """{way: seconds of each of its `steps` steps}."""
-    prepared = prepare(settings, data_path)
+def measure_cache(arguments: argparse.Namespace, rounds: Rounds, stop: StopSignals) -> str:
+    """The same training on cached activations and on images; computing the cache is not part of it."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings.from_dict({name: value for name, value in vars(arguments).items() if name in names})
+    prepared = prepare(settings, arguments.data)
     train, images = prepared.examples["train"], prepared.network.stages[0]
     used = train.subset(list(range(min(len(train), settings.batch_size * 4))))
     planned = prepared.config.phases[-1]
@@ -50,43 +185,109 @@ def compare(settings: Settings, data_path: str, steps: int) -> dict[str, list[fl
         raise UserError(f"--train-from {images}: nothing is frozen, so nothing can be cached; name a later stage")
     order = data.Order(len(used), settings.batch_size, settings.seed)
     phase = dataclasses.replace(planned, first_step=0, end_step=order.epoch_steps * 10**6)
+    cached = dataclasses.replace(phase, input_stage=phase.train_from, views=max(1, phase.views))
+    uncached = dataclasses.replace(phase, input_stage=images, views=0)
+    trainer = prepared.trainer([cached, uncached])
+    of_cache = prepared.cached_loads([cached], {"train": used}, stop)[phase.train_from]["train"]
+    of_images = data.image_loader(used, prepared.config.preprocessing, settings.seed)
     ways = {
-        "cached": dataclasses.replace(phase, input_stage=phase.train_from, views=max(1, phase.views)),
-        "uncached": dataclasses.replace(phase, input_stage=images, views=0),
+        "cached activations": steps_of(trainer, cached, of_cache, used.labels, order),
+        "images": steps_of(trainer, uncached, of_images, used.labels, order),
     }
-    trainer = prepared.trainer(list(ways.values()))
-    with StopSignals() as stop:
-        cached = prepared.cached_loads([ways["cached"]], {"train": used}, stop)
-        loads = {
-            "cached": cached[phase.train_from]["train"],
-            "uncached": data.image_loader(used, prepared.config.preprocessing, settings.seed),
-        }
-        timers = {way: timed_steps(trainer, ways[way], loads[way], used.labels, order) for way in ways}
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(WARM_UP + steps):
-            for way, timer in timers.items():
-                seconds[way].append(next(timer))
-                stop.check()
-    return {way: values[WARM_UP:] for way, values in seconds.items()}
+    return comparison(take_turns(ways, *rounds, stop))
+
+
+# -- startup ---------------------------------------------------------------------------------------------------------
+
+
+def add_startup_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", help="also one prediction with this run, in a process of its own")
+    parser.add_argument("--image", help="the image to predict")
+
+
+def process(*command: str) -> Candidate:
+    """A Python process from its start to its end."""
+
+    def work() -> int:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"python {' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        return 1
+
+    return work
+
+
+def imports(module: str, count: int = 12) -> list[tuple[str, float]]:
+    """The packages that take longest to import for `module`: (name, seconds of its own files), longest first."""
+    command = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds: dict[str, float] = {}
+    for line in done.stderr.splitlines():
+        fields = line.removeprefix("import time:").split("|")
+        if line.startswith("import time:") and fields[0].strip().isdigit():
+            package = fields[2].strip().partition(".")[0]
+            seconds[package] = seconds.get(package, 0.0) + int(fields[0]) / 1e6
+    return sorted(seconds.items(), key=lambda item: -item[1])[:count]
+
+
+def measure_startup(arguments: argparse.Namespace, rounds: Rounds, stop: StopSignals) -> str:
+    """Whole processes, whose rate is 1 / seconds, and what their imports consist of."""
+    if bool(arguments.run) != bool(arguments.image):
+        raise UserError("--run and --image: give both or neither")
+    candidates = {
+        "TensorFlow alone": process("-c", "import tensorflow"),
+        "inference.py --help": process("inference.py", "--help"),
+        "train.py --help": process("train.py", "--help"),
+    }
+    if arguments.run:
+        run, image = (str(Path(name).resolve()) for name in (arguments.run, arguments.image))
+        candidates["one prediction"] = process("inference.py", image, "--run", run)
+    measured = take_turns(candidates, *rounds, stop)
+    rows = []
+    for name, of_name in measured.items():
+        seconds = [r.wall for r in of_name]
+        rows.append([name, f"{np.median(seconds):.2f}", f"{min(seconds):.2f} to {max(seconds):.2f}"])
+    text = table(rows, ["process", "seconds (median)", "fastest to slowest"])
+    return (
+        text + "\n\n" + table([[n, f"{s:.3f}"] for n, s in imports("inference")], ["import of inference.py", "seconds"])
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+Command = tuple[
+    str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace, Rounds, StopSignals], str]
+]
+COMMANDS: dict[str, Command] = {
+    "step": ("a training step", add_network_flags, measure_network),
+    "inference": ("a forward pass", add_network_flags, measure_network),
+    "input": ("from JPEG files to the network's input", add_input_flags, measure_input),
+    "cache": ("training on cached activations and on images", add_cache_flags, measure_cache),
+    "startup": ("imports, and one prediction in a process of its own", add_startup_flags, measure_startup),
+}
 
 
 def main() -> int:
     parser = ArgumentParser(prog="tools.benchmark", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("data", metavar="DATA", help="as for train.py")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each way (default: 10)")
-    add_flags(parser, train_from="conv5", batch_size=32)
-    values = vars(parser.parse_args())
-    data_path, steps = values.pop("data"), values.pop("steps")
-    settings = Settings.from_dict(values)
-    with readable_failures():
-        seconds = compare(settings, data_path, steps)
-    rows = []
-    for way, values_of_way in seconds.items():
-        rates = settings.batch_size / np.array(values_of_way)
-        rows.append([way, f"{np.median(rates):.2f}", f"{rates.min():.2f}", f"{rates.max():.2f}"])
-    print(table(rows, ["training on", "images/s (median)", "slowest", "fastest"]))
-    ratio = np.median(np.array(seconds["cached"]) / np.array(seconds["uncached"]))
-    print(f"a cached step takes {ratio:.3f} of an uncached one (median of {steps} pairs)")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, (help, add, _) in COMMANDS.items():
+        of_command = commands.add_parser(name, help=help, description=help)
+        of_command.add_argument("--rounds", type=int, default=5, help="timed rounds of each candidate (default: 5)")
+        of_command.add_argument("--warm-up", type=int, default=1, help="rounds before those (default: 1)")
+        of_command.add_argument("--record", metavar="FILE", help="append the result to this file")
+        add(of_command)
+    arguments = parser.parse_args()
+    if arguments.rounds < 1 or arguments.warm_up < 0:
+        raise UserError(f"--rounds {arguments.rounds} --warm-up {arguments.warm_up}: at least 1 and 0")
+    if arguments.record:
+        check_writable("--record", arguments.record)
+    devices.use_threads(devices.default_threads())
+    with readable_failures(), StopSignals() as stop:
+        text = COMMANDS[arguments.command][2](arguments, (arguments.rounds, arguments.warm_up), stop)
+    where = machine({"Python": sys.version.split()[0], "TensorFlow": tf.__version__})
+    print(f"{where}\n{text}")
+    if arguments.record:
+        record(arguments.record, where, text)
     return 0
 
 

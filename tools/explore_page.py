@@ -66,20 +66,26 @@ def write_page(
         body += [
             f"<h2>{heading}</h2>",
             *([f"<p>{escape(text)}</p>"] if text else []),
-            _figure(folder / name, alternative),
+            figure(folder / name, alternative),
         ]
         if name == "counts.png":
             body.append(_counts(found))
+    write_html(folder / "index.html", title, body)
+    return folder / "index.html"
+
+
+def write_html(path: Path, title: str, body: Sequence[str]) -> None:
+    """Writes a page; `title` and `body` are HTML."""
     write_text(
-        folder / "index.html",
+        path,
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n",
     )
-    return folder / "index.html"
 
 
-def _figure(picture: Path, alternative: str) -> str:
+def figure(picture: Path, alternative: str) -> str:
+    """A picture as HTML that holds it."""
     encoded = base64.b64encode(picture.read_bytes()).decode()
     return f'<figure><img src="data:image/png;base64,{encoded}" alt="{escape(alternative)}"></figure>'
 

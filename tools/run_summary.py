@@ -1,5 +1,6 @@
 """What a run directory tells of its run, whatever is missing or broken in it; for tools.compare."""
 
+import csv
 import json
 import math
 import statistics
@@ -18,12 +19,15 @@ SCORES = {  # what is compared: how many digits of it are shown in text
 }
 BEST = "best val accuracy"
 # Where things lie; what matters of them is in the digest of the data.
-PLACES = {"cache_dir", "image_root"}
+PLACES = {"cache_dir", "image_root", "relabel"}
 
 
 @dataclass
 class RunSummary:
-    """What is known of one run; what is not known is missing from the dictionaries."""
+    """What is known of one run; what is not known is missing from the dictionaries.
+
+    answers: {image: (its class, whether the best checkpoint says so)} of the validation images.
+    """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -31,6 +35,7 @@ class RunSummary:
     data_digest: str = ""
     scores: dict[str, float] = field(default_factory=dict)  # by the names of SCORES
     notes: list[str] = field(default_factory=list)
+    answers: dict[str, tuple[str, bool]] = field(default_factory=dict)
 
     def group_key(self) -> str:
         """Equal for runs that differ in nothing but their seed."""
@@ -79,6 +84,19 @@ def read_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return good
 
 
+def read_answers(path: Path, notes: list[str]) -> dict[str, tuple[str, bool]]:
+    """What a predictions CSV says of each image; {} where there is none, with a note where it can't be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            rows = csv.DictReader(file, strict=True)
+            return {row["image"]: (row["true"], {"0": False, "1": True}[row["correct"]]) for row in rows}
+    except FileNotFoundError:
+        return {}
+    except (OSError, KeyError, csv.Error):
+        notes.append(f"{path.name} is damaged")
+        return {}
+
+
 def rank(record: dict[str, Any]) -> tuple[float, float]:
     """Greater for a better validation: as the best checkpoint is chosen, equal accuracies by the loss."""
     loss = number(record, "loss")
@@ -112,6 +130,7 @@ def read_run(path: Path, name: str) -> RunSummary:
         "seconds": max((s for record in timing if (s := number(record, "seconds")) is not None), default=None),
         "train images/s": statistics.median(speeds) if speeds else None,
     }
+    run.answers = read_answers(path / "predictions-val.csv", run.notes)
     run.scores = {key: value for key, value in values.items() if value is not None}
     epochs = number(run.settings, "epochs")
     # A run that stopped early by --patience is complete too: the results are written last.

@@ -14,6 +14,7 @@ from training.solver import Axes, Problem, minimise, positive, row_weights, zero
 
 FOLD_TOLERANCE = 1e-4  # of fits in float32: moves log loss by a small part of its standard error
 PATIENCE = 2  # strengths in a row that do not improve the out-of-fold loss, after which weaker ones are left out
+LEAST_GAIN = 5e-4  # nats: where classes are told apart without a mistake, the loss falls for ever, and means nothing
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def cross_validate(
             records.append(_record(strength, logits, labels, groups, weights, scored))
             if report:
                 report(records[-1])
-            if len(records) == 1 or records[-1].log_loss < records[best].log_loss:
+            if len(records) == 1 or records[-1].log_loss < records[best].log_loss - LEAST_GAIN:
                 best, best_logits = len(records) - 1, logits
             if len(records) - 1 - best >= PATIENCE:
                 break

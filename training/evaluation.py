@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from tqdm import tqdm
 import data
 import devices
 from console import StopSignals, UserError, cores, one_line
-from dataset import images, layouts
+from dataset import corrections, images, layouts
 from dataset.contents import Fingerprint, fingerprints
-from files import check_folder
+from files import check_folder, write_json
 from model import Network
 from reports import metrics
+from reports.calibration import draw_reliability, fit_temperature, reliability
 from reports.results import write_results
 from run import Run, RunConfig
 from training import features, plan
@@ -32,7 +33,12 @@ EVALUATION_BATCH = 32
 
 
 def evaluate(
-    run: Run, data_path: str | None, split: str | None, image_root: str | None = None, skip_bad: bool = False
+    run: Run,
+    data_path: str | None,
+    split: str | None,
+    image_root: str | None = None,
+    skip_bad: bool = False,
+    raw: bool = False,
 ) -> tuple[Path, str, dict[str, Any]]:
     """Scores the best checkpoint of `run` on a split of its own data (default val), or on other data (default all).
 
@@ -40,10 +46,13 @@ def evaluate(
     Classes are matched by name; other data need neither training images nor all classes. Results on other data go to
     `evaluations/<data>-<split>-<hash of its path>/`, so that they never replace the run's.
 
+    Probabilities are calibrated where the run has a temperature, unless `raw`.
+
     Returns the folder of the results, the split and the scores.
     """
     config = run.config()
     devices.use_threads(config.threads)
+    devices.grow_gpu_memory()
     network = run.load_model()
     settings = Settings.from_dict(config.settings)
     place = data_path or config.data.path or config.data.root
@@ -83,7 +92,9 @@ def evaluate(
         data.image_loader(examples, config.preprocessing, settings.seed), examples.labels, EVALUATION_BATCH
     )
     with readable_failures(), StopSignals() as stop:
-        results = write_scores(folder, config, network, examples, found.root, split, batches, None, stop)
+        logits = batch_logits(network, batches, len(examples), split, None, stop)
+        temperature = 1.0 if raw else run.temperature()
+        results = write_scores(folder, config, logits, examples, found.root, split, temperature)
     return folder, split, results
 
 
@@ -95,7 +106,7 @@ def _own_data(
         image_root = image_root or settings.image_root
     settings = dataclasses.replace(settings, image_root=image_root or "")
     try:
-        found = plan.list_images(settings, place)
+        found = corrections.apply_corrections(plan.list_images(settings, place), config.corrections)
         if found.digest() != config.data.digest:
             return None, ["another list of files"]
         examples = plan.usable_examples(settings, found, config.excluded)
@@ -119,38 +130,66 @@ def _without_bad(examples: layouts.Examples) -> layouts.Examples:
     return examples.subset([i for i, path in enumerate(examples.paths) if path not in faults])
 
 
+def batch_logits(
+    network: Network,
+    batches: tf.data.Dataset,
+    count: int,
+    split: str,
+    input_stage: str | None,
+    stop: StopSignals,
+) -> Iterator[np.ndarray]:
+    """Logits, float32 [B, C], of `count` examples whose `batches` enter `input_stage`, under a progress bar."""
+    forward = compiled_forward(network, input_stage)
+    for x, *_ in stop.watch(batches, count, f"evaluating {split}", size=lambda batch: len(batch[0])):
+        logits = forward(x).numpy()
+        if not np.isfinite(logits).all():
+            raise UserError(f"{split}: the network's outputs are not finite numbers: train with a lower rate")
+        yield logits
+
+
 def write_scores(
     folder: Path,
     config: RunConfig,
-    network: Network,
+    logits: Iterable[np.ndarray],
     examples: layouts.Examples,
     root: str,
     split: str,
-    batches: tf.data.Dataset,
-    input_stage: str | None,
-    stop: StopSignals,
+    temperature: float,
 ) -> dict[str, Any]:
-    """Scores `network` on `examples`, whose `batches` enter `input_stage`; writes every result file of the split."""
-    watched = stop.watch(batches, len(examples), f"evaluating {split}", size=lambda batch: len(batch[0]))
-    forward = compiled_forward(network, input_stage)
-
-    def probabilities() -> Iterator[np.ndarray]:  # a batch at a time: of many classes all of them take gigabytes
-        for x, *_ in watched:
-            logits = forward(x).numpy()
-            if not np.isfinite(logits).all():
-                raise UserError(f"{split}: the network's outputs are not finite numbers: train with a lower rate")
-            yield metrics.softmax(logits)
-
+    """Writes every result file of a split from the logits of its examples, a batch at a time; returns the scores."""
     return write_results(
         folder,
         split,
         config.class_names,
         examples.labels,
-        probabilities(),
+        (metrics.softmax(of_batch / temperature) for of_batch in logits),
         [os.path.relpath(path, root) for path in examples.paths],
-        {"data": root},
+        {"data": root, "temperature": temperature},
         read_image=lambda name: images.read_image(os.path.join(root, name)),
     )
+
+
+def calibrate(run: Run, logits: np.ndarray, labels: np.ndarray) -> float:
+    """Fits the run's temperature on its validation images; writes calibration.json and reliability-val.png."""
+    temperature = fit_temperature(logits, labels)
+    parts = {
+        "as trained": metrics.softmax(logits),
+        f"temperature {temperature:.2f}": metrics.softmax(logits / temperature),
+    }
+    figures = {
+        key: {
+            "expected_calibration_error": metrics.expected_calibration_error(probabilities, labels),
+            "log_loss": metrics.log_loss(of_logits, labels),
+        }
+        for key, probabilities, of_logits in zip(
+            ("before", "after"), parts.values(), (logits, logits / temperature), strict=True
+        )
+    }
+    record = {"temperature": temperature, "fitted_on": "val", "examples": len(labels), **figures}
+    write_json(run.path / "calibration.json", record)
+    shown = {name: reliability(probabilities, labels) for name, probabilities in parts.items()}
+    draw_reliability(run.path / "reliability-val.png", shown, f"val: {len(labels)} examples")
+    return temperature
 
 
 def find_faults(paths: Sequence[str], thorough: bool) -> dict[str, str]:

@@ -6,6 +6,7 @@ Only the moments of `latest` checkpoints and of the curves depend on the clock, 
 
 import dataclasses
 import json
+import math
 import time
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from console import Stopped, StopSignals, UserError, one_line
 from dataset.layouts import Examples
 from reports import metrics
 from run import Phase, Run
+from training.head import as_records, solve_head
 from training.log import Log, NoLog, Pacer
 from training.step import Schedule, Trainer, compiled_forward, decay_over, predict
 
@@ -157,6 +159,28 @@ class Loop:
             self._save(schedule)
             raise
         self._save(schedule)
+
+    def solve_phase(self, phase: Phase, train_load: data.Load, val_load: data.Load, bar: tqdm) -> None:
+        """Solves the head of a phase, as if its steps were done; killed meanwhile, it begins again."""
+        if self.trainer.steps_done() >= phase.end_step:
+            return
+        network, seed, replicas = self.trainer.model, self.order.seed, self.trainer.replicas
+        optimisation = self.trainer.settings
+        before = {"loss": math.log(network.class_count), "accuracy": float(np.mean(self.train.labels == 0))}
+        if self.log.lines == 0:  # all weights are zero
+            self.log.training({**_place(self.order, phase, phase.first_step, "train"), **before}, 0)
+        solved = solve_head(network, train_load, self.train, phase.views, optimisation, seed, self.stop)
+        for variable in network.variables_from(phase.train_from).values():  # on other hardware the last bits differ
+            variable.assign(replicas.of_chief(variable.numpy()))
+        step = phase.end_step
+        self.trainer.step.assign(step)
+        bar.update(self.order.images_before(step) - bar.n)
+        figures = {"loss": solved.loss, "accuracy": solved.accuracy, "strength": solved.strength}
+        record = {**_place(self.order, phase, step, "train"), **figures, "out_of_fold": as_records(solved.path)}
+        self.log.training(record, self.order.images_before(step))
+        forward = compiled_forward(network, phase.input_stage, replicas)
+        self._validate(phase, step, forward, self._val_batches(val_load), bar)
+        self.keeper.save()
 
     def _val_batches(self, load: data.Load) -> tf.data.Dataset:
         """What this worker validates."""

@@ -12,14 +12,17 @@ import data
 from console import UserError, one_line
 from dataset import layouts
 from dataset.contents import Fingerprint
+from dataset.corrections import Correction, as_written, read_corrections
 from files import write_csv
 from model import Network
 from run import Phase, Run, RunConfig
+from training.head import can_solve
 from training.settings import Settings, flag_name
 from training.step import Optimisation
 
 COLUMNS = ("image", "class", "split", "bytes", "modified_ns", "changed_ns", "content")
-NOT_COMPARED = ("cache_dir", "image_root", "devices")  # settings that a resumed run may change
+# Settings that a resumed run may change: where things lie and are computed. `check_corrections` compares `relabel`.
+NOT_COMPARED = ("cache_dir", "devices", "image_root", "relabel")
 
 
 def list_images(settings: Settings, data_path: str) -> layouts.LabelledImages:
@@ -30,6 +33,11 @@ def list_images(settings: Settings, data_path: str) -> layouts.LabelledImages:
         test_fraction=settings.test_fraction,
         image_root=settings.image_root or None,
     )
+
+
+def corrections(settings: Settings, found: layouts.LabelledImages) -> list[Correction]:
+    """What --relabel says of the images of `found`."""
+    return read_corrections(settings.relabel, found) if settings.relabel else []
 
 
 def usable_examples(
@@ -72,13 +80,23 @@ def make_phases(settings: Settings, network: Network, new: list[str], train_coun
         views = settings.cached_views
         if views < 0:
             views = 2 if stage == head and settings.pretrained != "none" else 0
-        return Phase(name, stage, stage if views else images, views if stage != images else 0, first, end)
+        views = views if stage != images else 0
+        solver = "sgd"
+        if stage == network.stages[-1] and views and can_solve(network, train_count * views):
+            solver = "lbfgs" if settings.solves_heads() else "sgd"
+        return Phase(name, stage, stage if views else images, views, first, end, solver)
 
     phases = (
         phase("head", head, 0, change),
         phase("head" if train_from == head else train_from, train_from, change, settings.epochs * epoch_steps),
     )
-    return tuple(p for p in phases if p.first_step < p.end_step)
+    kept = tuple(p for p in phases if p.first_step < p.end_step)
+    if settings.head_solver == "lbfgs" and not any(p.solver == "lbfgs" for p in kept):
+        raise UserError(
+            "--head-solver lbfgs: no phase trains a linear head alone on cached activations: give --train-from head or "
+            "--head-epochs, --head gap, and --cached-views"
+        )
+    return kept
 
 
 def optimisation(settings: Settings, train: layouts.Examples) -> Optimisation:
@@ -110,7 +128,7 @@ def record_images(
     """{name relative to the data's root: what it is} of the images that a run uses."""
     start = len(os.path.join(found.root, ""))
     return {
-        _in_csv(path[start:]): Recorded(found.class_names[label], split, prints[path])
+        as_written(path[start:]): Recorded(found.class_names[label], split, prints[path])
         for split, of_split in examples.items()
         for path, label in zip(of_split.paths, of_split.labels, strict=True)
     }
@@ -146,10 +164,6 @@ def known_fingerprints(run: Run, root: str) -> dict[str, Fingerprint]:
     return {os.path.join(root, name): image.fingerprint for name, image in read_images(run).items()}
 
 
-def _in_csv(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()  # as `files.write_text` writes it
-
-
 def check_settings(run: Run, config: RunConfig, settings: Settings) -> None:
     """Raises UserError, naming the differing values, where resuming with these settings would not be the same run."""
     differing = []
@@ -161,6 +175,16 @@ def check_settings(run: Run, config: RunConfig, settings: Settings) -> None:
             differing.append(f"{flag_name(field)} was {old}, now {new}")
     if differing:
         raise UserError(f"{run.path} can't be resumed: {'; '.join(differing)}; repeat its settings or name a new --run")
+
+
+def check_corrections(run: Run, config: RunConfig, now: list[Correction]) -> None:
+    """Raises UserError where --relabel does not say now what it said when the run began."""
+    if now != config.corrections:
+        others = "other ones" if len(now) == len(config.corrections) else str(len(now))
+        raise UserError(
+            f"{run.path} can't be resumed: --relabel corrected {len(config.corrections)} images when it began, now "
+            f"{others}: repeat that list or name a new --run"
+        )
 
 
 def image_changes(run: Run, config: RunConfig, found: layouts.LabelledImages, now: Mapping[str, Recorded]) -> list[str]:

@@ -20,20 +20,28 @@ import devices
 from console import StopSignals, UserError, one_line, progress_bar
 from dataset import images, layouts
 from dataset.contents import Fingerprint
+from dataset.corrections import apply_corrections
 from devices import ONE_DEVICE, Replicas
 from files import check_folder, write_text
 from model import NETWORKS, Network
 from run import DataRecord, ModelRecord, Phase, Run, RunConfig, WeightsRecord, new_network
 from training import features, plan
-from training.evaluation import find_faults, fingerprint_images, readable_failures, write_scores
+from training.evaluation import (
+    EVALUATION_BATCH,
+    batch_logits,
+    calibrate,
+    find_faults,
+    fingerprint_images,
+    readable_failures,
+    write_scores,
+)
+from training.known import write_known
 from training.log import Log, NoLog
 from training.loop import Keeper, Loop
 from training.settings import Settings
 from training.step import Trainer
 from weights.names import find_imagenet, load_pretrained
 from weights.restore import RestoreReport, restore
-
-EVALUATION_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,8 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
     row = NETWORKS[settings.network]
     devices.use_threads(devices.default_threads())
     found = plan.list_images(settings, data_path)
+    corrections = plan.corrections(settings, found)
+    found = apply_corrections(found, corrections)
     arrays: dict[str, np.ndarray] = {}
     source = settings.pretrained
     if source == "none" and not row.from_scratch:
@@ -126,6 +136,7 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
         new_variables=new if arrays else [],
         versions={"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": np.__version__},
         excluded=excluded,
+        corrections=corrections,
         threads=devices.default_threads(),
     )
     return Prepared(config, settings, found, examples, prints, network)
@@ -137,6 +148,8 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     devices.use_threads(config.threads)
     found = plan.list_images(settings, data_path)
     plan.check_settings(run, config, settings)
+    plan.check_corrections(run, config, plan.corrections(settings, found))
+    found = apply_corrections(found, config.corrections)
     examples = plan.usable_examples(settings, found, config.excluded)
     prints = fingerprint_images(examples, plan.known_fingerprints(run, found.root))
     if changes := plan.image_changes(run, config, found, plan.record_images(found, examples, prints)):
@@ -192,12 +205,13 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
     Returns the scores of the best checkpoint on the validation images (the content of results-val.json). Raises
     UserError for what the user can fix and console.Stopped after a signal; the run can then be resumed.
     """
+    devices.grow_gpu_memory()
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
     settings = settings.resolved()
     if settings.image_root:
         settings = dataclasses.replace(settings, image_root=os.path.abspath(settings.image_root))
-    _refuse_inside(data_path, {"--run": run.path, "--cache-dir": Path(settings.cache_dir)})
+    refuse_inside(data_path, {"--run": run.path, "--cache-dir": Path(settings.cache_dir)})
     devices.use_threads(run.config().threads if run.exists() else devices.default_threads())
     replicas = devices.replicas(settings.devices)
     _check_parts(settings, replicas)
@@ -237,7 +251,7 @@ def _check_parts(settings: Settings, replicas: Replicas) -> None:
         raise UserError(f"--compile on: XLA compiles a step on one device, not on {replicas.count}: leave it out")
 
 
-def _refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
+def refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
     """Raises UserError where what we write would lie among the images of a folder, and be taken for some of them."""
     root = os.path.realpath(data_path)
     for flag, place in places.items():
@@ -246,8 +260,8 @@ def _refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
 
 
 def _introduction(run: Run, config: RunConfig, remarks: str, replicas: Replicas) -> list[str]:
-    gpus = len(tf.config.get_visible_devices("GPU"))
-    device = f"{gpus} GPU" if gpus else "CPU: TensorFlow sees no GPU"
+    gpus, problem = tf.config.get_visible_devices("GPU"), devices.explain_gpu()
+    device = f"{len(gpus)} GPU" if gpus else "CPU"
     if replicas.count > 1:
         device += f", {replicas.count} devices of {replicas.workers} worker{'s' if replicas.workers > 1 else ''}"
     counts = ", ".join(f"{count} {split}" for split, count in config.counts.items())
@@ -259,11 +273,15 @@ def _introduction(run: Run, config: RunConfig, remarks: str, replicas: Replicas)
         f"head       {config.model.head} ({config.head_reason})",
         "training   "
         + ", then ".join(
-            f"steps {p.first_step}-{p.end_step} from {p.train_from}"
+            (
+                f"{p.train_from} solved"
+                if p.solver == "lbfgs"
+                else f"steps {p.first_step}-{p.end_step} from {p.train_from}"
+            )
             + (f" on {p.views} cached views" if p.views else "")
             for p in config.phases
         ),
-        f"device     {device}, {config.precision}",
+        f"device     {device}, {config.precision}{f': {problem}' if problem else ''}",
     ]
 
 
@@ -288,11 +306,11 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) 
     while not results:
         try:
             with readable_failures():
-                inputs = _train_phases(prepared, loop)
+                phase, loads = _train_phases(prepared, loop)
                 if not isinstance(log, Log):  # waits for the chief, which alone evaluates
                     accuracy, log_loss = replicas.gather(np.zeros((0, 2), np.float32))[0].tolist()
                     return {"accuracy": accuracy, "log_loss": log_loss}
-                results = _evaluate_best(run, prepared, log, keeper.progress.best_step, *inputs, stop)
+                results = _evaluate_best(run, prepared, log, keeper.progress.best_step, phase, loads, stop)
         except features.DamagedCache as damage:  # nothing was trained on it: the loop continues at the same step
             Path(damage.path).unlink()
             if replicas.workers > 1:
@@ -326,8 +344,8 @@ def _stored_results(run: Run) -> dict[str, Any] | None:
     return None
 
 
-def _train_phases(prepared: Prepared, loop: Loop) -> tuple[str, data.Load]:
-    """Does what is left of the run; returns the last phase's input stage, and what loads the validation images there."""
+def _train_phases(prepared: Prepared, loop: Loop) -> tuple[Phase, dict[str, data.Load]]:
+    """Does what is left of the run; returns its last phase, and what loads the images of each split for that."""
     config, settings, replicas = prepared.config, prepared.settings, loop.trainer.replicas
     examples = {split: prepared.examples[split] for split in ("train", "val")}
     # Of phases still to do: once a phase has changed a stage, what a finished phase cached above it is gone.
@@ -338,21 +356,30 @@ def _train_phases(prepared: Prepared, loop: Loop) -> tuple[str, data.Load]:
     with progress_bar(settings.epochs * len(examples["train"]), done, "training") as bar:
         for phase in to_do:
             loads = cached[phase.input_stage] if phase.views else of_images
-            loop.run_phase(phase, loads["train"], loads["val"], bar)
-    return phase.input_stage, loads["val"]
+            train_phase = loop.solve_phase if phase.solver == "lbfgs" else loop.run_phase
+            train_phase(phase, loads["train"], loads["val"], bar)
+    return phase, loads
 
 
 def _evaluate_best(
-    run: Run, prepared: Prepared, log: Log, step: int, input_stage: str, load: data.Load, stop: StopSignals
+    run: Run, prepared: Prepared, log: Log, step: int, phase: Phase, loads: dict[str, data.Load], stop: StopSignals
 ) -> dict[str, Any]:
-    """Evaluates the run's best checkpoint, that of `step`, on the validation images, which enter `input_stage`."""
-    config, val = prepared.config, prepared.examples["val"]
+    """Evaluates the run's best checkpoint, that of `step`, on the validation images.
+
+    `loads` give the images of each split as the last `phase` takes them.
+    """
+    config, network = prepared.config, prepared.network
+    train, val = prepared.examples["train"], prepared.examples["val"]
     log.draw_curves()
-    run.load_best(prepared.network)
+    run.load_best(network)
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
-    batches = data.ordered_batches(load, val.labels, EVALUATION_BATCH)
-    results = write_scores(run.path, config, prepared.network, val, config.data.root, "val", batches, input_stage, stop)
-    for picture in ("confusion-val", "confusion-val-normalised", "worst-val"):
+    batches = data.ordered_batches(loads["val"], val.labels, EVALUATION_BATCH)
+    logits = np.concatenate(list(batch_logits(network, batches, len(val), "val", phase.input_stage, stop)))
+    temperature = calibrate(run, logits, val.labels)
+    if phase.views and network.pools(phase.input_stage):
+        write_known(run, train, loads["train"], phase.views, val, loads["val"], stop)
+    results = write_scores(run.path, config, [logits], val, config.data.root, "val", temperature)
+    for picture in ("confusion-val", "confusion-val-normalised", "worst-val", "reliability-val"):
         pixels = images.read_image(run.path / f"{picture}.png")
         log.events.images("val", picture, pixels[None], step)
     log.events.close()

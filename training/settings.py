@@ -42,6 +42,12 @@ class Settings:
         "",
         "first stage to train, such as conv5; 'head': the new layers alone; default: the network's first, end to end",
     )
+    head_solver: str = _setting(
+        "auto",
+        "how a linear head is trained alone: 'lbfgs' finds the optimum of the convex problem on cached activations and "
+        "the strength of its penalty by cross-validation; 'auto': that, unless settings ask for what only SGD does",
+        choices=("auto", "lbfgs", "sgd"),
+    )
     head_epochs: int = _setting(0, "of the epochs, the first N train the new layers alone", least=0, below=MANY)
     cached_views: int = _setting(
         -1,
@@ -77,6 +83,11 @@ class Settings:
     val_fraction: float = _setting(0.2, "share of images to validate on where DATA has no such split", below=1, least=0)
     test_fraction: float = _setting(0.0, "share of images to keep for a test split", least=0, below=1)
     image_root: str = _setting("", "folder that the paths of a CSV are relative to; default: the CSV's own")
+    relabel: str = _setting(
+        "",
+        "CSV with the columns image and action ('drop' or another class), such as label-issues.csv of "
+        "tools.clean_data: train on the labels that it corrects; no file is changed",
+    )
     on_bad_image: str = _setting(
         "fail", "a file that can't be decoded: stop before training, or go on without it", choices=("fail", "skip")
     )
@@ -127,6 +138,13 @@ class Settings:
             self, image_size=self.image_size or row.image_size, train_from=self.train_from or next(iter(row.stages))
         )
 
+    def solves_heads(self) -> bool:
+        """Whether a linear head that is trained alone may be solved; `auto` leaves it to SGD where SGD is adjusted."""
+        of_sgd = ("learning_rate", "end_learning_rate", "momentum", "weight_decay", "clip_norm", "new_layer_rate")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        adjusted = self.patience or any(getattr(self, name) != defaults[name] for name in of_sgd)
+        return self.head_solver == "lbfgs" or (self.head_solver == "auto" and not adjusted)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {**dataclasses.asdict(self), "augment": list(self.augment)}
@@ -137,21 +155,34 @@ class Settings:
         return cls(**{**values, "augment": tuple(values.get("augment", ()))})
 
 
+GROUPS = {  # of flags in --help; all others are of the training
+    "data": (
+        *("image_size", "crop_margin", "augment", "examples_per_class", "val_fraction", "test_fraction", "image_root"),
+        *("on_bad_image", "relabel"),
+    ),
+    "network": ("pretrained", "network", "head", "train_from"),
+    "hardware": ("precision", "deterministic", "accumulate", "cache_dir", "devices", "compile"),
+}
+
+
 def add_flags(parser: argparse.ArgumentParser, without: tuple[str, ...] = (), **other_defaults: Any) -> None:
     """Gives `parser` a flag for each setting but those named in `without`; `other_defaults` by field name."""
+    groups = {title: parser.add_argument_group(title) for title in (*GROUPS, "training")}
+    title_of = {name: title for title, names in GROUPS.items() for name in names}
     for field in dataclasses.fields(Settings):
         if field.name in without:
             continue
+        group = groups[title_of.get(field.name, "training")]
         default, help = other_defaults.get(field.name, field.default), field.metadata["help"]
         choices = field.metadata["choices"] or None
         if isinstance(default, bool):
-            parser.add_argument(flag_name(field), action="store_true", help=help)
+            group.add_argument(flag_name(field), action="store_true", help=help)
             continue
         shape: dict[str, Any] = {"nargs": "*"} if isinstance(default, tuple) else {"type": type(default)}
         shown = " ".join(default) if isinstance(default, tuple) else str(default)
         if not help.count("default:") and shown:
             help += f" (default: {shown})"
-        parser.add_argument(flag_name(field), default=default, choices=choices, help=help, **shape)
+        group.add_argument(flag_name(field), default=default, choices=choices, help=help, **shape)
 
 
 def flag_name(field: dataclasses.Field) -> str:

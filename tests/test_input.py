@@ -1,0 +1,153 @@
+"""The way from a JPEG file to the network's input: the same pixels as by Pillow, the same numbers as by plain steps."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+import tensorflow as tf
+from PIL import Image, ImageOps
+
+import data
+from dataset import jpeg
+from dataset.images import ImageError, decode_image
+from dataset.layouts import Examples
+from tools import benchmark_input
+
+ORIENTATION = 0x0112
+
+
+def photograph(height: int, width: int) -> np.ndarray:
+    """Ramps with some noise, so that chroma has something to lose: uint8 [H, W, 3]."""
+    y, x = np.mgrid[:height, :width]
+    ramps = np.stack([255 * x / width, 255 * y / height, 255 - 255 * x / width], -1)
+    return np.clip(ramps + np.random.default_rng(3).normal(0, 30, ramps.shape), 0, 255).astype(np.uint8)
+
+
+def encode(pixels: np.ndarray, mode: str = "RGB", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def by_pillow(contents: bytes) -> np.ndarray:
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(contents)))
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 16), (33, 47), (130, 95)])
+@pytest.mark.parametrize("quality", [5, 75, 100])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_colour_jpegs_have_pillows_bits(size: tuple[int, int], quality: int, options: dict, subsampling: int) -> None:
+    contents = encode(photograph(*size), quality=quality, subsampling=subsampling, **options)
+    pixels = jpeg.decode(contents)
+    assert pixels is not None  # not left to Pillow
+    assert np.array_equal(pixels, by_pillow(contents))
+
+
+@pytest.mark.parametrize("samples", ["411", "440"])
+def test_rare_subsampling_has_pillows_bits(samples: str) -> None:
+    contents = simplejpeg.encode_jpeg(photograph(65, 91), colorsubsampling=samples)
+    assert np.array_equal(decode_image(contents, "x"), by_pillow(contents))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_grey_jpegs_have_pillows_bits(progressive: bool) -> None:
+    contents = encode(photograph(61, 83), "L", progressive=progressive)
+    assert jpeg.decode(contents) is not None
+    assert np.array_equal(decode_image(contents, "x"), by_pillow(contents))
+
+
+def test_a_jpeg_that_stores_rgb_has_pillows_bits() -> None:
+    contents = encode(photograph(40, 50), keep_rgb=True, quality=90)
+    assert np.array_equal(decode_image(contents, "x"), by_pillow(contents))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_a_colour_jpeg(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    contents = encode(photograph(24, 40), exif=exif)
+    pixels = decode_image(contents, "x")
+    assert pixels.flags["C_CONTIGUOUS"]
+    assert np.array_equal(pixels, by_pillow(contents))
+
+
+def test_odd_jpegs_are_left_to_pillow() -> None:
+    contents = encode(photograph(64, 64))
+    start = contents.index(b"\xff\xda") + 14
+    damaged = contents[:start] + b"\xff\xd0" + contents[start:]  # a restart marker that nothing announced
+    assert jpeg.decode(damaged) is None
+    assert np.array_equal(decode_image(damaged, "x"), by_pillow(damaged))
+    assert jpeg.decode(contents[: len(contents) // 2]) is None
+    with pytest.raises(ImageError, match=r"^half: is truncated$"):
+        decode_image(contents[: len(contents) // 2], "half")
+
+
+def test_photographs_have_pillows_bits(shared: Path) -> None:
+    paths = sorted(shared.glob("food-101-mini/images/*/*.jpg"))[::5]
+    paths += sorted(shared.glob("mini_natural_images/*/*/*.jpg"))[::25]
+    assert len(paths) > 100
+    for path in paths:
+        contents = path.read_bytes()
+        assert jpeg.decode(contents) is not None, path
+        assert np.array_equal(decode_image(contents, str(path)), by_pillow(contents)), path
+
+
+# -- preprocessing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(512, 384), (97, 130), (30, 31)])
+@pytest.mark.parametrize("seed", [None, (3, 4), (-5, 2**40)])
+def test_preprocess_has_the_bits_of_plain_steps(size: tuple[int, int], seed: tuple[int, int] | None) -> None:
+    spec = data.Preprocessing(64, 10, mean_rgb=(100.0, 110.0, 120.5), std_rgb=(58.4, 57.1, 57.4))
+    image, key = photograph(*size), None if seed is None else tf.constant(seed, tf.int64)
+    side = min(size) - 2 * min(10, min(size) // 4)
+    room = np.array(size) - side
+    top, left = room // 2
+    if key is not None:
+        fraction = tf.random.stateless_uniform([2], key).numpy()
+        top, left = np.minimum((fraction * (room + 1).astype(np.float32)).astype(int), room)
+    crop = tf.image.resize(image[top : top + side, left : left + side], [64, 64], method="area").numpy()
+    expected = (crop - np.float32(spec.mean_rgb)) / np.float32(spec.std_rgb)
+    assert np.array_equal(data.preprocess(tf.constant(image), spec, key), expected)
+
+
+@pytest.mark.parametrize("augment", [(), data.AUGMENTATIONS])
+def test_a_seed_that_is_not_to_be_used_gives_the_central_view(augment: tuple[str, ...]) -> None:
+    image, spec = tf.constant(photograph(70, 90)), data.Preprocessing(32, augment=augment)
+    key = tf.constant([1, 2], tf.int64)
+    central = data.preprocess(image, spec).numpy()
+    assert np.array_equal(data.preprocess(image, spec, key, tf.constant(False)), central)
+    assert np.array_equal(data.preprocess(image, spec, key, tf.constant(True)), data.preprocess(image, spec, key))
+    assert not np.array_equal(data.preprocess(image, spec, key), central)
+
+
+def test_the_loader_gives_what_preprocess_gives(tmp_path: Path) -> None:
+    paths = []
+    for number in range(5):
+        paths.append(str(tmp_path / f"{number}.jpg"))
+        Path(paths[-1]).write_bytes(encode(photograph(50 + number, 60)))
+    spec = data.Preprocessing(24, 4, augment=("flip", "color"))
+    load = data.image_loader(Examples(tuple(paths), np.zeros(5, np.int64)), spec, view_seed=9)
+    fold_in: Callable = tf.random.experimental.stateless_fold_in
+    for view in (data.CENTRAL_VIEW, 0, 3):
+        (x, _, indices), *rest = data.ordered_batches(load, np.zeros(5, np.int64), 8, view)
+        assert not rest
+        assert list(indices.numpy()) == list(range(5))
+        for index, path in enumerate(paths):
+            key = fold_in(tf.constant([9, index], tf.int64), tf.constant(view, tf.int64))
+            image = tf.constant(by_pillow(Path(path).read_bytes()))
+            expected = data.preprocess(image, spec, None if view == data.CENTRAL_VIEW else key)
+            assert np.abs(x[index] - expected).max() < 1e-3  # the compiled colour changes may round differently
+
+
+def test_every_way_of_the_benchmark_reads_every_file(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(encode(photograph(60, 80)))
+    ways = benchmark_input.candidates([str(path) for path in sorted(tmp_path.iterdir())])
+    assert {way: run() for way, run in ways.items()} == dict.fromkeys(ways, 3)
