@@ -303,6 +303,11 @@ class Replicas:
         """The largest of the workers' values, below 2^24. Every worker has to call it."""
         return int(self.gather(np.array([[value]], np.float32)).max())
 
+    def leave(self) -> None:
+        """Waits until all workers come here: one that ends earlier takes with it what others are still to receive."""
+        with contextlib.suppress(tf.errors.OpError):  # the others have what they need, and may end first
+            self.largest(0)
+
     @functools.cached_property
     def _gather(self) -> Any:
         def on_device(rows: tf.Tensor, first: Any) -> tf.Tensor:

@@ -144,7 +144,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ways(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Arguments of train.py but for --run: every head, parts of a batch, clipping, caches and two phases."""
+    """Arguments of train.py but for --run: every head, parts of a batch, clipping, caches, phases, a solved head."""
     from model import Network
 
     weights = tmp_path_factory.mktemp("weights") / "small.npz"
@@ -160,6 +160,7 @@ def ways(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
             *(*tiny, *caches, "--pretrained", str(weights), "--head", "linear"),
             *("--head-epochs", "1", "--train-from", "conv5", "--cached-views", "2"),
         ],
+        "solved": [*tiny, *caches, "--pretrained", str(weights), "--head", "gap", "--train-from", "head"],
     }
 
 
@@ -230,7 +231,7 @@ def test_several_devices_train_the_run_of_one(
         assert_same_run(run, tmp_path / way)
 
 
-@pytest.mark.parametrize("way", ["linear", "phases"])
+@pytest.mark.parametrize("way", ["linear", "phases", "solved"])
 def test_two_processes_train_the_run_of_one(
     way: str, ways: dict[str, list[str]], on_one_device: dict[str, Path], tmp_path: Path
 ) -> None:

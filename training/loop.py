@@ -157,6 +157,7 @@ class Loop:
                     self._save(schedule)
         except Stopped:
             self._save(schedule)
+            self.trainer.replicas.leave()
             raise
         self._save(schedule)
 

@@ -231,7 +231,9 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
             print(line, flush=True)
         with readable_failures(), replicas.readable_failures():
             replicas.largest(0)  # the other workers begin with the run as it is now
-            return _train(run, prepared, stop, replicas)
+            results = _train(run, prepared, stop, replicas)
+            replicas.leave()
+            return results
 
 
 def _train_with_chief(settings: Settings, data_path: str, run: Run, replicas: Replicas) -> dict[str, Any]:
@@ -240,7 +242,9 @@ def _train_with_chief(settings: Settings, data_path: str, run: Run, replicas: Re
         replicas.largest(0)  # until the chief has made the run
         if not run.exists():
             raise UserError(f"--run {run.path}: not here, but made by worker 0: name a folder that all workers share")
-        return _train(run, resume(run, settings, data_path), stop, replicas)
+        results = _train(run, resume(run, settings, data_path), stop, replicas)
+        replicas.leave()
+        return results
 
 
 def _check_parts(settings: Settings, replicas: Replicas) -> None:
