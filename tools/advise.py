@@ -9,6 +9,7 @@ Figures are accuracies ± their standard error over the training images; validat
   images     the head trained on a quarter and a half of the images, judged on all
   seconds    of a training step on this machine, measured
 
+A difference counts where it is more than twice its standard error, which is that of the differences image by image.
 The last lines recommend one command of train.py. How far fine-tuning gets is not measured here: it would have to be
 done. Give --network several times to compare networks (and --pretrained once, or once for each).
 """
@@ -48,12 +49,12 @@ def recommend(evidence: Sequence[Evidence], hours: float) -> tuple[Settings, str
     """The settings to train with, and why, in a sentence; training may take `hours`."""
     best = max(evidence, key=lambda e: float(e.right[e.last, False].mean()))
     why = []
-    if len(evidence) > 1:  # of those within a standard error of the best, the one whose steps are the shortest
-        near = [e for e in evidence if not _better(best.right[best.last, False], e.right[e.last, False], 1)]
+    if len(evidence) > 1:  # of those not worse by two standard errors, the one whose steps are the shortest
+        near = [e for e in evidence if not _better(best.right[best.last, False], e.right[e.last, False])]
         best = min(near, key=lambda e: list(e.seconds.values())[-1])
         why.append(f"{one_line(best.name)} is the best of the networks, or as good as the best and faster")
     settings, right = best.settings, best.right[best.last, False]
-    if (best.last, True) in best.right and _better(best.right[best.last, True], right, 1):
+    if (best.last, True) in best.right and _better(best.right[best.last, True], right):
         settings, right = (
             dataclasses.replace(settings, augment=(*settings.augment, "flip")),
             best.right[best.last, True],
@@ -62,12 +63,12 @@ def recommend(evidence: Sequence[Evidence], hours: float) -> tuple[Settings, str
     flipped = right is not best.right[best.last, False]
     depth = max((d for d, f in best.right if f == flipped), key=lambda d: best.right[d, flipped].mean())
     accuracy, error = mean_and_error(right)
-    known = _better(best.right[depth, flipped], right, 2)
+    known = _better(best.right[depth, flipped], right)
     if known:
         why.append(f"{depth} tells the classes apart better than {best.last} alone, which has to be trained to")
     else:
         why.append(f"the best head on frozen {best.last} is right for {accuracy:.1%} ± {error:.1%} out of fold")
-    if accuracy + error >= GOOD_ENOUGH and not known:
+    if accuracy >= GOOD_ENOUGH and not known:
         return settings, f"{', '.join(why)}: there is little left to gain by training more than the head"
     deeper = list(best.seconds)[1:]
     for stage in reversed(deeper):
@@ -82,10 +83,10 @@ def recommend(evidence: Sequence[Evidence], hours: float) -> tuple[Settings, str
     return settings, f"{', '.join(why)}: so train the head alone"
 
 
-def _better(a: np.ndarray, b: np.ndarray, errors: float) -> bool:
-    """Whether a is right more often than b by more than so many standard errors of the difference, image by image."""
+def _better(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether a is right more often than b by more than two standard errors of the difference, image by image."""
     mean, error = mean_and_error(a - b)
-    return mean > errors * error
+    return mean > 2 * error
 
 
 def _duration(hours: float) -> str:
@@ -103,7 +104,7 @@ def train_command(data_path: str, settings: Settings) -> str:
 
 
 def report(evidence: Sequence[Evidence]) -> tuple[str, list[list[object]]]:
-    """The tables as text, and the rows of the first: `COLUMNS`, where the difference is that to the last stage's head."""
+    """The tables as text, and the rows of the first, `COLUMNS`; differences are to the last stage's head."""
     rows: list[list[object]] = []
     steps, lines = [], []
     best = max((e.right[e.last, False] for e in evidence), key=lambda right: float(right.mean()))
@@ -115,8 +116,8 @@ def report(evidence: Sequence[Evidence]) -> tuple[str, list[list[object]]]:
             difference = mean_and_error(right - base) if right is not base else (None, None)
             rows.append([e.name, depth, "yes" if flips else "no", share, *mean_and_error(right), *difference])
         gain, error = mean_and_error(e.curve[1.0] - e.curve[0.5])
-        verdict = "more would help" if gain > 2 * error else "no clear gain from more"
-        lines.append(f"images     {one_line(e.name)}: twice the images brought {gain:+.4f} ± {error:.4f}: {verdict}")
+        verdict = "more would help" if _better(e.curve[1.0], e.curve[0.5]) else "no clear gain from more"
+        lines.append(f"images     {one_line(e.name)}: all images instead of half brought {gain:+.4f} ± {error:.4f}: {verdict}")
         if base is not best:
             less, error = mean_and_error(base - best)
             lines.append(f"network    {one_line(e.name)}: {less:+.4f} ± {error:.4f} against the best network")
