@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 from files import check_writable, write_csv
 from model import NETWORKS
-from reports.pictures import BLUE, GREEN, ORANGE, save_figure
+from reports.pictures import BLUE, GREEN, ORANGE, fit_text, save_figure, text_style
 from reports.tables import table
 from tools.advise_evidence import SHARES, Evidence, examine, mean_and_error
 from training.evaluation import readable_failures
@@ -55,10 +55,8 @@ def recommend(evidence: Sequence[Evidence], hours: float) -> tuple[Settings, str
         why.append(f"{one_line(best.name)} is the best of the networks, or as good as the best and faster")
     settings, right = best.settings, best.right[best.last, False]
     if (best.last, True) in best.right and _better(best.right[best.last, True], right):
-        settings, right = (
-            dataclasses.replace(settings, augment=(*settings.augment, "flip")),
-            best.right[best.last, True],
-        )
+        settings = dataclasses.replace(settings, augment=(*settings.augment, "flip"))
+        right = best.right[best.last, True]
         why.append("mirrored views help")
     flipped = right is not best.right[best.last, False]
     depth = max((d for d, f in best.right if f == flipped), key=lambda d: best.right[d, flipped].mean())
@@ -117,7 +115,9 @@ def report(evidence: Sequence[Evidence]) -> tuple[str, list[list[object]]]:
             rows.append([e.name, depth, "yes" if flips else "no", share, *mean_and_error(right), *difference])
         gain, error = mean_and_error(e.curve[1.0] - e.curve[0.5])
         verdict = "more would help" if _better(e.curve[1.0], e.curve[0.5]) else "no clear gain from more"
-        lines.append(f"images     {one_line(e.name)}: all images instead of half brought {gain:+.4f} ± {error:.4f}: {verdict}")
+        lines.append(
+            f"images     {one_line(e.name)}: all images instead of half brought {gain:+.4f} ± {error:.4f}: {verdict}"
+        )
         if base is not best:
             less, error = mean_and_error(base - best)
             lines.append(f"network    {one_line(e.name)}: {less:+.4f} ± {error:.4f} against the best network")
@@ -133,28 +133,30 @@ def _part(evidence: Evidence, stage: str) -> str:
 
 def draw(path: str, evidence: Sequence[Evidence]) -> None:
     """Accuracies by depth, the learning curve, and the seconds of a step; a colour for each network."""
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
-    depths, images, steps = figure.subplots(1, 3, width_ratios=[2, 1.2, 1.2])
+    figure = Figure(figsize=(15, 2 + 0.3 * sum(len(e.right) for e in evidence)), layout="constrained")
+    depths, images, steps = figure.subplots(1, 3, width_ratios=[1.5, 1.2, 1])
     labels: list[str] = []
-    bars: list[str] = []
+    parts: list[str] = []
     for index, e in enumerate(evidence):
-        colour, name = (BLUE, ORANGE, GREEN)[index % 3], one_line(e.name)
+        colour, name = (BLUE, ORANGE, GREEN)[index % 3], fit_text(one_line(e.name), 1.5)
         for (depth, flips), right in e.right.items():
             mean, error = mean_and_error(right)
             depths.errorbar(mean, len(labels), xerr=error, color=colour, marker="s" if flips else "o", capsize=3)
             labels.append(f"{name} {depth}{', flips' if flips else ''}")
         means, errors = zip(*map(mean_and_error, e.curve.values()), strict=True)
         images.errorbar(list(e.curve), means, errors, color=colour, marker="o", capsize=3, label=name)
-        steps.barh(range(len(bars), len(bars) + len(e.seconds)), list(e.seconds.values()), color=colour)
-        bars += [f"{name} {_part(e, stage)}" for stage in e.seconds]
+        steps.plot(list(e.seconds.values()), range(len(parts), len(parts) + len(e.seconds)), "o", color=colour)
+        parts += [f"{name} {_part(e, stage)}" for stage in e.seconds]
     depths.set(title="Out-of-fold accuracy ± standard error", xlabel="accuracy of the best head")
-    depths.set_yticks(range(len(labels)), labels)
+    depths.set_yticks(range(len(labels)), labels, **text_style())
     images.set(title="Fewer training images", xlabel="share of the images", xscale="log", ylabel="accuracy")
     images.set_xticks(SHARES, [f"{share:g}" for share in SHARES])
     images.minorticks_off()
-    images.legend()
-    steps.set(title="A training step on this machine", xlabel="seconds", xscale="log")
-    steps.set_yticks(range(len(bars)), bars)
+    for text in images.legend().get_texts():
+        text.set(**text_style())
+    steps.set(title="Training step, this machine", xlabel="seconds", xscale="log")
+    steps.set_yticks(range(len(parts)), parts, **text_style())
+    steps.margins(0.1, 0.2)
     for axes in (depths, steps):
         axes.invert_yaxis()
     for axes in (depths, images, steps):
