@@ -67,7 +67,7 @@ def recommend(evidence: Sequence[Evidence], hours: float) -> tuple[Settings, str
     else:
         why.append(f"the best head on frozen {best.last} is right for {accuracy:.1%} ± {error:.1%} out of fold")
     if accuracy >= GOOD_ENOUGH and not known:
-        return settings, f"{', '.join(why)}: there is little left to gain by training more than the head"
+        return settings, f"{'; '.join(why)}: there is little left to gain by training more than the head"
     deeper = list(best.seconds)[1:]
     for stage in reversed(deeper):
         needed = best.hours(stage)
@@ -76,9 +76,9 @@ def recommend(evidence: Sequence[Evidence], hours: float) -> tuple[Settings, str
             chosen = dataclasses.replace(
                 settings, train_from=stage, head_epochs=min(1, settings.epochs - 1), cached_views=-1
             )
-            return chosen, f"{', '.join(why)}: so train from {stage}, beginning with the best head"
+            return chosen, f"{'; '.join(why)}: so train from {stage}, beginning with the best head"
     why.append(f"{settings.epochs} epochs from {deeper[0]} would take {_duration(needed)}, more than --hours {hours:g}")
-    return settings, f"{', '.join(why)}: so train the head alone"
+    return settings, f"{'; '.join(why)}: so train the head alone"
 
 
 def _better(a: np.ndarray, b: np.ndarray) -> bool:
@@ -154,7 +154,7 @@ def draw(path: str, evidence: Sequence[Evidence]) -> None:
     images.minorticks_off()
     for text in images.legend().get_texts():
         text.set(**text_style())
-    steps.set(title="Training step, this machine", xlabel="seconds", xscale="log")
+    steps.set(title="A training step here", xlabel="seconds", xscale="log")
     steps.set_yticks(range(len(parts)), parts, **text_style())
     steps.margins(0.1, 0.2)
     for axes in (depths, steps):
