@@ -7,7 +7,6 @@ import io
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 ENDING_AT_ONCE = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)  # where they come a second time
 STOPPING = (*ENDING_AT_ONCE, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Batch = TypeVar("Batch")
 
 
@@ -47,28 +47,32 @@ def one_line(text: object) -> str:
 class Output:
     """A text stream that outlives its reader: what is written after a broken pipe or a closed terminal is dropped.
 
-    `gone` then says so, and `StopSignals` ends a run that can be resumed as a signal would. Text that the stream's
-    encoding lacks is escaped.
+    `gone` then says so, and `StopSignals` ends a run that can be resumed as a signal would. The same where the disk
+    under it is `full`. Text that the stream's encoding lacks is escaped.
     """
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (None: closed at the start)
-        self.gone = False
+        self.gone = self.full = False
         if isinstance(self._stream, io.TextIOWrapper):
             self._stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except (OSError, ValueError):
-            self.gone = True
+        except (OSError, ValueError) as error:
+            self._lose(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except (OSError, ValueError):
-            self.gone = True
+        except (OSError, ValueError) as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError | ValueError) -> None:
+        self.gone = True
+        self.full |= isinstance(error, OSError) and error.errno in NO_SPACE
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -86,7 +90,7 @@ def exit_status(main: Callable[[], int | None]) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
     except OSError as error:
         where = one_line(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_SPACE:
             where = f" ({where})" if where else ""
             print(f"error: no space left{where}: free some disk and run the same command again", file=sys.stderr)
         else:
@@ -116,6 +120,11 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if sys.stdout.full:
+        print(
+            "error: no space left under standard output: free some disk and run the same command again", file=sys.stderr
+        )
+        status = 2
     if status == 0 and sys.stdout.gone:  # whoever read our output has seen enough
         status = 128 + signal.SIGPIPE
     os._exit(status)
@@ -147,7 +156,7 @@ def quiet_tensorflow() -> None:
     if sys.stderr is not None:
         sys.stderr.flush()
     stderr_copy = os.dup(2)
-    with tempfile.TemporaryFile() as swallowed:
+    with open(os.devnull, "wb") as swallowed:
         os.dup2(swallowed.fileno(), 2)
         try:
             import tensorflow as tf

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
-from console import ArgumentParser, Stopped, UserError, one_line, progress_bar, quiet_tensorflow, run_script
+from console import NO_SPACE, ArgumentParser, Stopped, UserError, one_line, progress_bar, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
@@ -132,7 +132,9 @@ def write_results(pieces: list[str]) -> None:
     try:
         sys.stdout.buffer.write("".join(pieces).encode(errors="surrogateescape"))
         sys.stdout.buffer.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise
         raise Stopped(signal.SIGPIPE) from None  # nobody reads them
 
 

@@ -36,12 +36,13 @@ from data import Preprocessing
 from dataset.corrections import Correction
 from devices import compute_dtype
 from files import UNSUPPORTED, flush_to_disk, open_regular, warn_once, write_json, write_text
-from model import Network
+from model import NETWORKS, Network
 from weights.checkpoint import DamagedFile, read_checkpoint
 
 Arrays = dict[str, np.ndarray]
 FORMAT = 2  # of config.json; 1 had no such number
 FOLDERS = ("train", "val", "latest", "best")
+MOST_THREADS = 4096
 MOST_BYTES = 2**30  # of a text file of a run
 
 
@@ -140,7 +141,19 @@ class RunConfig:
                 for phase in value["phases"]
             ]
             value = {**value, "phases": phases, "format": 1}
-        return typing.cast(RunConfig, _typed(cls, value, ""))
+        config = typing.cast(RunConfig, _typed(cls, value, ""))
+        for name, valid in (
+            ("model.network", config.model.network in NETWORKS),
+            ("precision", config.precision in ("float32", "bfloat16")),
+            ("threads", 0 <= config.threads <= MOST_THREADS),
+            ("class_names", len(set(config.class_names)) == len(config.class_names) == config.model.class_count),
+            ("preprocessing.image_size", config.preprocessing.image_size == config.model.image_size),
+            ("preprocessing.std_rgb", all(0 < std < math.inf for std in config.preprocessing.std_rgb)),
+            ("preprocessing.mean_rgb", all(map(math.isfinite, config.preprocessing.mean_rgb))),
+        ):
+            if not valid:
+                raise ValueError(f"{name} can't be so")
+        return config
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
@@ -230,7 +243,7 @@ class Run:
             raise UserError(f"{self.path}: not a run directory (no config.json); train one with train.py") from None
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, OverflowError) as error:
             raise UserError(f"{file}: not the record of a run: {one_line(error)[:200]}") from None
 
     def temperature(self) -> float:
@@ -241,7 +254,7 @@ class Run:
                 return float(value)
         except FileNotFoundError:
             return 1.0
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
             pass
         raise UserError(f"{self.path / 'calibration.json'}: damaged; without that file probabilities are uncalibrated")
 
@@ -387,7 +400,14 @@ class Run:
 
 
 def new_network(config: RunConfig) -> Network:
-    """The network of a run, at its initial values."""
+    """The network of a run, at its initial values; UserError where its config describes none."""
+    try:
+        return _new_network(config)
+    except ValueError as error:
+        raise UserError(f"config.json: {error}") from None
+
+
+def _new_network(config: RunConfig) -> Network:
     return Network(**dataclasses.asdict(config.model), compute_dtype=compute_dtype(config.precision))
 
 

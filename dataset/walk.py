@@ -1,5 +1,6 @@
 """The one walk below a folder, for training, checking and prediction: what counts as an image and what is left out."""
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from console import UserError, one_line
 from dataset.images import ImageError, image_format
 
+MOST_RECORD = 1 << 24  # bytes of a record of ours that are looked at
 IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"))
 # TIFF by their content, but what a TIFF reader finds in them is a small preview.
 RAW_EXTENSIONS = frozenset((".arw", ".cr2", ".dng", ".erf", ".nef", ".nrw", ".orf", ".pef", ".rw2", ".sr2", ".srw"))
@@ -54,7 +56,7 @@ def walk(top: str) -> Listing:
             listing.ignored.append(folder)
             continue
         entries = scan(path)
-        if folder and _is_ours(entries):
+        if folder and _is_ours(path, entries):
             listing.ours.append(folder)
             continue
         if folder:
@@ -137,11 +139,14 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _is_ours(entries: Entries) -> bool:
-    """Whether a folder is a run directory or a folder of cached activations."""
-    if "cache.json" in entries.others:
-        return not entries.images
-    return "config.json" in entries.others and "classes.txt" in entries.others
+def _is_ours(folder: str, entries: Entries) -> bool:
+    """Whether a folder is a run directory or a folder of cached activations, by what its record holds."""
+    for name, key in (("config.json", b'"class_names"'), ("cache.json", b'"view_seed"')):
+        if name in entries.others:
+            with contextlib.suppress(OSError), open(os.path.join(folder, name), "rb") as file:
+                if key in file.read(MOST_RECORD):
+                    return True
+    return False
 
 
 def _above(folder: str) -> set[tuple[int, int]]:

@@ -103,6 +103,19 @@ def test_a_lost_reader_ends_the_script_as_a_signal_would():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_a_full_disk_under_standard_output_is_said():
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    lines = ["from console import *", "from console import run_script", "def main():", "    print('x')"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join([*lines, "run_script(main)"])], cwd=ROOT, stdout=full,
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert "no space left under standard output" in done.stderr
+
+
 # -- signals ---------------------------------------------------------------------------------------------------------
 
 

@@ -382,10 +382,16 @@ def test_the_key_does_not_change_with_the_labels_the_classes_or_what_lies_above(
     assert key(original, examples) == expected
 
 
-def test_heads_share_what_enters_them(examples: Examples) -> None:
+def test_heads_that_need_the_same_share_what_enters_them(examples: Examples) -> None:
+    """Of the gap head's input the mean over positions is kept, of the others' all of it."""
     gap = build()
-    linear = copy_below("gap", gap, build(head="linear"))
-    assert key(linear, examples, stage="linear") == key(gap, examples, stage="gap")
+    linear = copy_below("gap", gap, build(head="linear", classes=7))
+    assert key(linear, examples, stage="linear") != key(gap, examples, stage="gap")
+    assert key(copy_below("gap", gap, build(classes=9, seed=4)), examples, stage="gap") == key(
+        gap, examples, stage="gap"
+    )
+    again = copy_below("gap", gap, build(head="linear", classes=3, seed=4))
+    assert key(again, examples, stage="linear") == key(linear, examples, stage="linear")
 
 
 # -- the disk ---------------------------------------------------------------------------------------------------------

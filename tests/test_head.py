@@ -162,7 +162,8 @@ def test_every_run_ends_with_a_temperature_that_changes_no_answer(solved, sample
     assert results["temperature"] == record["temperature"] == Run(solved).temperature()
     assert results["log_loss"] == pytest.approx(record["after"]["log_loss"], abs=1e-6)
     assert call(evaluate, "--run", solved, "--raw") == 0
-    raw = json.loads((solved / "results-val.json").read_text())
+    (folder,) = (solved / "evaluations").iterdir()
+    raw = json.loads((folder / "results-val.json").read_text())
     assert raw["accuracy"] == results["accuracy"]
     assert raw["log_loss"] == pytest.approx(record["before"]["log_loss"], abs=1e-5)
     assert call(evaluate, "--run", solved) == 0

@@ -84,7 +84,7 @@ def test_every_op_of_training_prediction_and_caching_has_a_gpu_kernel(network: s
     functions = [
         *(step_of(model, settings)[1] for settings in (everything, in_parts)),
         compiled_forward(model),
-        _activations(model, [model.stages[-2], model.stages[-1]]),
+        _activations(model, [(stage, model.pools(stage)) for stage in model.stages[-2:]]),
     ]
     ops = {op for function in functions for op, _ in nodes_of(function)}
     assert {"Conv2DBackpropFilter", "ResourceApplyMomentum", "While", "ArgMax", "Cast"} <= ops

@@ -207,12 +207,15 @@ def test_our_own_folders_are_no_data(tmp_path: Path, place: str) -> None:
         touch(
             tmp_path / place, *(f"{run}/{name}" for name in ("config.json", "classes.txt", "curves.png", "val/a.png"))
         )
+        (tmp_path / place / run / "config.json").write_text('{"format": 2, "class_names": ["cat", "dog"]}')
     touch(tmp_path / place, "features/0123/cache.json", "features/0123/a.npy")
-    touch(tmp_path / place, *(() if place == "cat/" else ("cat/cache.json",)))  # of some other program: beside images
+    (tmp_path / place / "features/0123/cache.json").write_text('{"view_seed": 0}')
+    # Of other programs, beside images or above them: no reason to leave out a class.
+    touch(tmp_path / place, *(() if place == "cat/" else ("cat/cache.json", "cat/config.json", "cat/classes.txt")))
     found = find_images(str(tmp_path))
     assert found.digest() == expected
     ours = ["checkpoints/2026-1/", "checkpoints/2026-2/", "features/0123/", "run/"]
-    theirs = [] if place == "cat/" else ["cat/cache.json"]
+    theirs = [] if place == "cat/" else ["cat/cache.json", "cat/classes.txt", "cat/config.json"]
     assert sorted(found.ignored) == [f"{place}{name}" for name in (*theirs, *ours)]
     assert "ignored folders" in found.remarks()
 

@@ -60,7 +60,7 @@ def weights(tmp_path: Path) -> Path:
 
 def test_head_first_then_from_a_stage_on(sample_images: Path, tmp_path: Path, weights: Path) -> None:
     run = tmp_path / "run"
-    flags = ["--epochs", 4, "--head-epochs", 3, "--train-from", "conv4"]
+    flags = ["--epochs", 4, "--head-epochs", 3, "--train-from", "conv4", "--head-solver", "sgd"]
     assert call(train, sample_images, "--run", run, *TINY, "--pretrained", weights, *flags) == 0
     lines = Run(run).read_lines("metrics.jsonl")
     epoch_steps = -(-36 // 8)
@@ -119,7 +119,7 @@ def test_tensorboard_gets_inputs_confusion_mistakes_and_settings(sample_images: 
     assert ("hparams", "_hparams_/session_start_info") in found[""]
     assert [tag for plugin, tag in found["train"] if plugin == "images"] == ["inputs"]
     assert {tag for plugin, tag in found["val"] if plugin == "images"} == {
-        "confusion-val", "confusion-val-normalised", "worst-val",
+        "confusion-val", "confusion-val-normalised", "worst-val", "reliability-val",
     }  # fmt: skip
     config = Run(run).config()
     seed = config.settings["seed"]

@@ -413,6 +413,12 @@ def test_a_config_with_a_value_of_another_type_names_it(begun):
         ({"model": {**config["model"], "image_size": True}}, "model.image_size is True, not int"),
         ({"preprocessing": {**config["preprocessing"], "mean_rgb": [1, 2]}}, "mean_rgb has 2 values, not 3"),
         ({"format": 3}, "later version"),
+        ({"threads": -5}, "threads can't be so"),
+        ({"threads": 10**9}, "threads can't be so"),
+        ({"precision": "float99"}, "precision can't be so"),
+        ({"class_names": ["a", "a"]}, "class_names can't be so"),
+        ({"model": {**config["model"], "network": "zork"}}, "model.network can't be so"),
+        ({"preprocessing": {**config["preprocessing"], "std_rgb": [0, 0, 0]}}, "std_rgb can't be so"),
     ):
         with pytest.raises(ValueError, match=expected):
             RunConfig.from_json({**config, **change})
@@ -435,6 +441,24 @@ def test_a_config_of_the_first_version_is_read(begun):
     assert read.phases == RunConfig.from_json(config).phases
     assert read.preprocessing == RunConfig.from_json(config).preprocessing
     assert (read.format, read.threads, read.data.content) == (1, 0, "")
+
+
+def test_raw_scores_and_other_image_roots_replace_nothing(copies, tmp_path):
+    images, run = copies
+    before = (run / "results-val.json").read_bytes()
+    assert call(evaluate, "--run", run, "--raw") == 0
+    assert (run / "results-val.json").read_bytes() == before
+    rows = [f"{path.relative_to(images)},{path.parent.name}\n" for path in sorted(images.rglob("*.jpg"))]
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(rows), encoding="utf-8")
+    for seed, name in enumerate(("one", "two")):
+        root = make_images(tmp_path / name, seed=seed + 20)
+        assert call(evaluate, "--run", run, "--data", tmp_path / "list.csv", "--image-root", root) == 0
+    assert len(list((run / "evaluations").iterdir())) == 3
+    shutil.rmtree(run / "evaluations")
+    (tmp_path / "victim").mkdir()
+    (run / "evaluations").symlink_to(tmp_path / "victim")
+    assert call(evaluate, "--run", run, "--data", tmp_path / "one") == 2
+    assert list((tmp_path / "victim").iterdir()) == []
 
 
 def test_results_that_are_damaged_are_computed_again(copies, capfd):

@@ -46,7 +46,7 @@ def evaluate(
     Classes are matched by name; other data need neither training images nor all classes. Results on other data go to
     `evaluations/<data>-<split>-<hash of its path>/`, so that they never replace the run's.
 
-    Probabilities are calibrated where the run has a temperature, unless `raw`.
+    Probabilities are calibrated where the run has a temperature, unless `raw`: those scores go to `evaluations/` too.
 
     Returns the folder of the results, the split and the scores.
     """
@@ -86,7 +86,11 @@ def evaluate(
         examples = _without_bad(examples)
     if not len(examples):
         raise UserError(f"--split {split}: {found.root} has no usable image in it")
-    folder = run.path if own is not None else run.path / "evaluations" / _evaluation_name(found.root, place, split)
+    folder = (
+        run.path
+        if own is not None and not raw
+        else _evaluation_folder(run, found.root, place, f"{split}-raw" if raw else split)
+    )
     check_folder("--run", folder)
     batches = data.ordered_batches(
         data.image_loader(examples, config.preprocessing, settings.seed), examples.labels, EVALUATION_BATCH
@@ -117,9 +121,16 @@ def _own_data(
     return (None if changes else found), changes
 
 
-def _evaluation_name(root: str, place: str, split: str) -> str:
-    name = re.sub(r"[^\w.-]+", "_", os.path.basename(os.path.abspath(place)))[:60] or "data"
-    return f"{name}-{split}-{hashlib.sha256(os.fsencode(os.path.abspath(place))).hexdigest()[:6]}"
+def _evaluation_folder(run: Run, root: str, place: str, split: str) -> Path:
+    """`evaluations/<data>-<split>-<hash of where the list and the images lie>` in the run; no link is followed."""
+    place = os.path.abspath(place)
+    name = re.sub(r"[^\w.-]+", "_", os.path.basename(place))[:60] or "data"
+    key = hashlib.sha256(os.fsencode(place) + b"\0" + os.fsencode(root)).hexdigest()[:6]
+    folder = run.path / "evaluations" / f"{name}-{split}-{key}"
+    for part in (folder.parent, folder):
+        if part.is_symlink():
+            raise UserError(f"{part} is a link, which is not ours: move it away")
+    return folder
 
 
 def _without_bad(examples: layouts.Examples) -> layouts.Examples:

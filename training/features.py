@@ -53,7 +53,8 @@ class Cache:
     share it. Rows are always computed from the images, in batches of the same rows, so that one key has one value.
 
     A network that computes in bfloat16 is stored in bfloat16, losing nothing; float32 is rounded to float16. Of what
-    enters a stage that pools (the `gap` head) only the mean over positions is kept, in float32.
+    enters a stage that pools (the `gap` head), and of any stage if `pooled`, only the mean over positions is kept, in
+    float32.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class Cache:
         spec: data.Preprocessing,
         views: list[int],
         root: str,
+        pooled: bool = False,
     ):
         self.model, self.stage, self.examples, self.views = model, stage, examples, views
         self.shape, exact = model.input_shape(stage), model.compute_dtype == tf.bfloat16
         self.dtype = np.dtype(ml_dtypes.bfloat16 if exact else np.float16)
-        if model.pools(stage):
+        self.pooled = pooled or model.pools(stage)
+        if self.pooled:
             self.shape, self.dtype = (1, 1, self.shape[-1]), np.dtype(np.float32)
         self._description = {
             "format": 2,
@@ -203,7 +206,7 @@ def fill(caches: Sequence[Cache], images: data.Load, stop: StopSignals, worker: 
             unfinished = [(cache, part) for cache, part in rows if part is not None]
             if not unfinished:
                 continue
-            forward = _activations(model, [cache.stage for cache, _ in unfinished])
+            forward = _activations(model, [(cache.stage, cache.pooled) for cache, _ in unfinished])
             done = min(part.done for _, part in unfinished)
             positions = tf.data.Dataset.range(done, len(examples)).map(lambda i: (i, tf.constant(view, tf.int64)))  # noqa: B023
             batches = images(positions, BATCH_SIZE).prefetch(2)
@@ -216,16 +219,16 @@ def fill(caches: Sequence[Cache], images: data.Load, stop: StopSignals, worker: 
                     stop.check()
 
 
-def _activations(model: Network, stages: Sequence[str]):  # type: ignore[no-untyped-def]
-    """The compiled function images -> what enters each of `stages` (in order)."""
+def _activations(model: Network, stages: Sequence[tuple[str, bool]]):  # type: ignore[no-untyped-def]
+    """The compiled function images -> what enters each of `stages` (in order), or its mean over positions."""
 
     @tf.function(input_signature=[model.input_spec(model.stages[0])], autograph=False)
     def forward(x: tf.Tensor) -> list[tf.Tensor]:
         entered, outputs = model.stages[0], []
-        for stage in stages:
+        for stage, is_pooled in stages:
             x = model.forward(x, first=entered, last=model.stages[model.stages.index(stage) - 1])
-            pooled = tf.reduce_mean(tf.cast(x, tf.float32), axis=[1, 2], keepdims=True) if model.pools(stage) else x
-            outputs.append(pooled)
+            mean = tf.reduce_mean(tf.cast(x, tf.float32), axis=[1, 2], keepdims=True) if is_pooled else x
+            outputs.append(mean)
             entered = stage
         return outputs
 

@@ -163,25 +163,28 @@ class Loop:
 
     def solve_phase(self, phase: Phase, train_load: data.Load, val_load: data.Load, bar: tqdm) -> None:
         """Solves the head of a phase, as if its steps were done; killed meanwhile, it begins again."""
-        if self.trainer.steps_done() >= phase.end_step:
+        if self.keeper.progress.validated_step >= phase.end_step:
             return
-        network, seed, replicas = self.trainer.model, self.order.seed, self.trainer.replicas
-        optimisation = self.trainer.settings
-        before = {"loss": math.log(network.class_count), "accuracy": float(np.mean(self.train.labels == 0))}
-        if self.log.lines == 0:  # all weights are zero
-            self.log.training({**_place(self.order, phase, phase.first_step, "train"), **before}, 0)
-        solved = solve_head(network, train_load, self.train, phase.views, optimisation, seed, self.stop)
-        for variable in network.variables_from(phase.train_from).values():  # on other hardware the last bits differ
-            variable.assign(replicas.of_chief(variable.numpy()))
-        step = phase.end_step
-        self.trainer.step.assign(step)
-        bar.update(self.order.images_before(step) - bar.n)
-        figures = {"loss": solved.loss, "accuracy": solved.accuracy, "strength": solved.strength}
-        record = {**_place(self.order, phase, step, "train"), **figures, "out_of_fold": as_records(solved.path)}
-        self.log.training(record, self.order.images_before(step))
-        forward = compiled_forward(network, phase.input_stage, replicas)
-        self._validate(phase, step, forward, self._val_batches(val_load), bar)
+        if self.trainer.steps_done() < phase.end_step:  # else a damaged cache has ended its validation
+            self._solve(phase, train_load)
+        bar.update(self.order.images_before(phase.end_step) - bar.n)
+        forward = compiled_forward(self.trainer.model, phase.input_stage, self.trainer.replicas)
+        self._validate(phase, phase.end_step, forward, self._val_batches(val_load), bar)
         self.keeper.save()
+
+    def _solve(self, phase: Phase, train_load: data.Load) -> None:
+        network, optimisation = self.trainer.model, self.trainer.settings
+        if self.log.lines == 0:  # all weights are zero
+            before = {"loss": math.log(network.class_count), "accuracy": float(np.mean(self.train.labels == 0))}
+            self.log.training({**_place(self.order, phase, phase.first_step, "train"), **before}, 0)
+        solved = solve_head(network, train_load, self.train, phase.views, optimisation, self.order.seed, self.stop)
+        for variable in network.variables_from(phase.train_from).values():  # on other hardware the last bits differ
+            variable.assign(self.trainer.replicas.of_chief(variable.numpy()))
+        self.trainer.step.assign(phase.end_step)
+        figures = {"loss": solved.loss, "accuracy": solved.accuracy, "strength": solved.strength}
+        record = {**_place(self.order, phase, phase.end_step, "train"), **figures}
+        images = self.order.images_before(phase.end_step)
+        self.log.training({**record, "out_of_fold": as_records(solved.path)}, images)
 
     def _val_batches(self, load: data.Load) -> tf.data.Dataset:
         """What this worker validates."""
