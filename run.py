@@ -338,14 +338,18 @@ class Run:
         for part in folder.glob(f"{prefix.name}.*"):
             with open(part, "rb") as file:
                 flush_to_disk(file.fileno())  # before an older checkpoint goes
-        kept = [*older, prefix][-keep:]
-        names = [file.name for file in kept]
+        self.settle(kind, keep)
+
+    def settle(self, kind: str, keep: int) -> None:
+        """Names the newest checkpoints for `tf.train.latest_checkpoint` and removes all but `keep`."""
+        folder = self.path / kind
+        prefixes = _prefixes(folder)
+        names = [file.name for file in prefixes[-keep:]]
         pointer = [f'model_checkpoint_path: "{names[-1]}"', *(f'all_model_checkpoint_paths: "{n}"' for n in names)]
-        write_text(folder / "checkpoint", "\n".join(pointer) + "\n")  # for tf.train.latest_checkpoint
-        for old in older:
-            if old not in kept:
-                for part in folder.glob(f"{old.name}.*"):
-                    part.unlink()
+        write_text(folder / "checkpoint", "\n".join(pointer) + "\n")
+        for old in prefixes[:-keep]:
+            for part in folder.glob(f"{old.name}.*"):
+                part.unlink()
 
     def load(self, kind: str) -> tuple[Arrays, list[str]] | None:
         """The newest readable checkpoint and what is wrong with any newer one; None where there is no checkpoint.

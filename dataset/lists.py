@@ -68,8 +68,9 @@ def _csv_row(cells: list[str], header: list[str], roots: list[str], where: str) 
     label = row.get("label", "").strip()
     if not row.get("path") or not label:
         raise UserError(f"{where} lacks a path or a label: fill it in or remove the row")
-    if "\n" in label or "\r" in label:  # a stray quote takes the rows up to the next one into its cell
-        raise UserError(f"{where}: the label has line breaks: fix the quotes there")
+    # A stray quote takes the rows up to the next quote into its cell.
+    if any(line.count(",") >= len(header) - 1 for line in label.splitlines()[1:]):
+        raise UserError(f"{where}: the label holds whole rows: fix the quotes there")
     if any("\udc80" <= character <= "\udcff" for character in label):  # a path may be any bytes, a label is text
         raise UserError(f"{where}: the label {label!r} is not UTF-8: save the file as UTF-8")
     split = row.get("split", "").strip().lower() if "split" in header else NO_SPLIT

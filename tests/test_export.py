@@ -19,12 +19,12 @@ from PIL import Image
 import data
 import export
 import train
-from console import exit_status
 from dataset.images import decode_image, read_image
 from exporting import graph
 from model import Network
 from predictor import Predictor
 from run import Run
+from tests.conftest import call
 from weights.names import load_pretrained
 
 MISSING = "is not installed: pip install -r requirements-export.txt"
@@ -33,15 +33,6 @@ TRAIN = ["--network", "small", "--pretrained", "none", "--image-size", "32", "--
 SIZES = [(20, 27), (32, 32), (33, 31), (64, 96), (101, 67), (333, 40), (2000, 3000)]
 
 Files = dict[str, Path]
-
-
-def call(module: ModuleType, *arguments: object) -> int:
-    """Runs a script's `main` in this process and returns the exit status."""
-    old, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, arguments)]
-    try:
-        return exit_status(module.main)
-    finally:
-        sys.argv = old
 
 
 def photograph(height: int, width: int) -> Image.Image:

@@ -19,7 +19,7 @@ from model import Network
 from reports import metrics
 from run import Run
 from tests.conftest import TINY, call
-from training import features, head, loop, plan, session
+from training import evaluation, features, head, loop, plan, session
 from training.settings import Settings
 
 SOLVED = ("--train-from", "head", "--cached-views", 2, "--cache-dir", "cache")
@@ -155,9 +155,19 @@ def test_features_that_do_not_fit_in_memory_are_left_to_sgd(monkeypatch):
 # -- calibration -----------------------------------------------------------------------------------------------------
 
 
-def test_every_run_ends_with_a_temperature_that_changes_no_answer(solved, sample_images, capfd):
+def test_few_images_leave_probabilities_as_they_are(solved):
+    assert json.loads((solved / "calibration.json").read_text())["temperature"] == 1.0
+    assert json.loads((solved / "results-val.json").read_text())["temperature"] == 1.0
+
+
+def test_every_run_ends_with_a_temperature_that_changes_no_answer(tmp_path, sample_images, weights, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "LEAST_TO_CALIBRATE", 1)
+    assert call(train, sample_images, "--run", "run", *TINY, "--pretrained", weights, *SOLVED) == 0
+    solved = tmp_path / "run"
     record = json.loads((solved / "calibration.json").read_text())
-    assert record["after"]["log_loss"] <= record["before"]["log_loss"] + 1e-9
+    assert record["temperature"] != 1
+    assert record["after"]["log_loss"] < record["before"]["log_loss"]
     results = json.loads((solved / "results-val.json").read_text())
     assert results["temperature"] == record["temperature"] == Run(solved).temperature()
     assert results["log_loss"] == pytest.approx(record["after"]["log_loss"], abs=1e-6)

@@ -8,7 +8,6 @@ or train.py would not take DATA.
 
 import argparse
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import sys
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from console import ArgumentParser, UserError, cores, one_line, run_script
 from dataset import images
+from dataset.contents import content_hash
 from dataset.walk import IMAGE_EXTENSIONS, walk
 from reports.tables import table
 from tools.data_flags import add_data_flags, find_images
@@ -35,7 +35,6 @@ EXTENSIONS = {
     "tiff": (".tif", ".tiff"),
 }
 FILES_FOR_PROCESSES = 2000
-CHUNK = 1 << 20  # bytes hashed at once, so that a large file is not held whole
 NO_SPLIT = "-"
 Result = TypeVar("Result")
 
@@ -150,24 +149,20 @@ def examine(path: str) -> Found:
         return Found(str(error))
 
 
-def content_hash(path: str) -> bytes:
-    """A hash of a file's bytes; of a file that has become unreadable, one that equals no other."""
-    digest = hashlib.blake2b(digest_size=20)
+def hash_or_path(path: str) -> str:
+    """A hash of a file's bytes; of a file that has become unreadable, its path, which equals no other."""
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
+        return content_hash(path)
     except OSError:
-        return os.fsencode(path)
-    return digest.digest()
+        return path
 
 
 def find_duplicates(files: Sequence[Listed], found: Sequence[Found]) -> list[Duplicates]:
     """Groups of good files with the same bytes; only files of equal size are read for it."""
     sizes = Counter(f.size for f in found if f.fault is None)
     candidates = [file for file, f in zip(files, found, strict=True) if f.fault is None and sizes[f.size] > 1]
-    hashes = in_parallel(content_hash, [file.path for file in candidates], "comparing files of equal size")
-    groups: dict[bytes, list[Listed]] = defaultdict(list)
+    hashes = in_parallel(hash_or_path, [file.path for file in candidates], "comparing files of equal size")
+    groups: dict[str, list[Listed]] = defaultdict(list)
     for file, digest in zip(candidates, hashes, strict=True):
         groups[digest].append(file)
     return [Duplicates(tuple(group)) for group in groups.values() if len(group) > 1]

@@ -30,6 +30,7 @@ from training.settings import Settings
 from training.step import compiled_forward
 
 EVALUATION_BATCH = 32
+LEAST_TO_CALIBRATE = 100
 
 
 def evaluate(
@@ -181,8 +182,11 @@ def write_scores(
 
 
 def calibrate(run: Run, logits: np.ndarray, labels: np.ndarray) -> float:
-    """Fits the run's temperature on its validation images; writes calibration.json and reliability-val.png."""
-    temperature = fit_temperature(logits, labels)
+    """Fits the run's temperature on its validation images; writes calibration.json and reliability-val.png.
+
+    Fewer than `LEAST_TO_CALIBRATE` images say nothing about a temperature: it is then 1.
+    """
+    temperature = fit_temperature(logits, labels) if len(labels) >= LEAST_TO_CALIBRATE else 1.0
     parts = {
         "as trained": metrics.softmax(logits),
         f"temperature {temperature:.2f}": metrics.softmax(logits / temperature),

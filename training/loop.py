@@ -60,6 +60,7 @@ class Keeper:
         for warning in warnings:
             print(f"warning: {warning}; resuming from the checkpoint before it", flush=True)
         self._run.assign(self._trainer.state(), tensors, "latest")
+        self._run.settle("latest", keep=2)  # a kill may have come between a checkpoint and its name
         try:
             self.progress = Progress(**json.loads(tensors["progress"].item()))
         except (KeyError, ValueError, TypeError):
