@@ -15,7 +15,7 @@ import tensorflow as tf
 from console import cores
 from dataset import images
 from dataset.layouts import Examples
-from devices import ALL, Share
+from replicas import ALL, Share
 
 AUGMENTATIONS = ("flip", "rotate", "shear", "zoom", "color")
 CENTRAL_VIEW = -1  # the view of validation and inference; views 0, 1, 2, ... are random crops

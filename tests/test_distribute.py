@@ -15,10 +15,10 @@ import tensorflow as tf
 from PIL import Image
 
 import data
-import devices
+import replicas
 from console import UserError
 from dataset.layouts import Examples
-from devices import Share
+from replicas import Share
 from run import Run
 from tests.conftest import ROOT, TINY
 
@@ -116,14 +116,14 @@ def tf_config(hosts: list[str], index: Any, kind: str = "worker") -> str:
 def test_a_wrong_tf_config_is_one_line(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(UserError, match=r'TF_CONFIG .* not of the form \{"cluster"'):
-        devices.replicas(0)
+        replicas.find_replicas(0)
 
 
 def test_one_device_needs_no_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [])
     for text in ("", tf_config(["a:1"], 0)):
         monkeypatch.setenv("TF_CONFIG", text)
-        assert devices.replicas(0).strategy is None
+        assert replicas.find_replicas(0).strategy is None
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -265,6 +265,23 @@ def test_a_signal_to_one_worker_stops_all_and_the_run_resumes_on_one_device(
     assert statuses in ([128 + signal.SIGTERM] * 2, [0, 0])  # it may have been about to end
     assert (statuses[0] == 0) == (steps_of(run) == 8)
     [(status, error)] = finish(start([[*ways["linear"], "--run", str(run)]]))
+    assert status == 0, error
+    assert_same_run(on_one_device["linear"], run)
+
+
+def test_a_run_begun_on_one_device_resumes_on_two(
+    ways: dict[str, list[str]], on_one_device: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    alone = start([[*ways["linear"], "--run", str(run)]])
+    assert alone.stdout is not None
+    for line in alone.stdout:
+        if line.startswith("device"):
+            break
+    alone.send_signal(signal.SIGTERM)
+    [(status, error)] = finish(alone)
+    assert status == 128 + signal.SIGTERM, error
+    [(status, error)] = finish(start([[*ways["linear"], "--run", str(run), "--devices", "2"]]))
     assert status == 0, error
     assert_same_run(on_one_device["linear"], run)
 

@@ -21,9 +21,9 @@ from console import StopSignals, UserError, one_line, progress_bar
 from dataset import images, layouts
 from dataset.contents import Fingerprint
 from dataset.corrections import apply_corrections
-from devices import ONE_DEVICE, Replicas
 from files import check_folder, write_text
 from model import NETWORKS, Network
+from replicas import ONE_DEVICE, Replicas, find_replicas
 from run import DataRecord, ModelRecord, Phase, Run, RunConfig, WeightsRecord, new_network
 from training import features, plan
 from training.evaluation import (
@@ -213,7 +213,7 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
         settings = dataclasses.replace(settings, image_root=os.path.abspath(settings.image_root))
     refuse_inside(data_path, {"--run": run.path, "--cache-dir": Path(settings.cache_dir)})
     devices.use_threads(run.config().threads if run.exists() else devices.default_threads())
-    replicas = devices.replicas(settings.devices)
+    replicas = find_replicas(settings.devices)
     _check_parts(settings, replicas)
     if not replicas.is_chief:
         return _train_with_chief(settings, data_path, run, replicas)

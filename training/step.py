@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 import devices
-from devices import ONE_DEVICE, Replicas
 from model import Network
+from replicas import ONE_DEVICE, Replicas
 from run import Phase
 
 # The learning rate at a step: int64 scalar -> float32 scalar.
