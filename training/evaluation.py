@@ -233,7 +233,7 @@ def readable_failures() -> Iterator[None]:
         if isinstance(error, tf.errors.ResourceExhaustedError):
             raise UserError(
                 "the device has not enough memory: lower --batch-size, or keep it and compute it in parts with "
-                f"--accumulate 2 or more ({one_line(error.message)[:160]})"
+                f"--accumulate 2 or more, or --auto-batch ({one_line(error.message)[:160]})"
             ) from None
         raise
 

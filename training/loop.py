@@ -188,9 +188,10 @@ class Loop:
         self.log.training({**record, "out_of_fold": as_records(solved.path)}, images)
 
     def _val_batches(self, load: data.Load) -> tf.data.Dataset:
-        """What this worker validates."""
+        """What this worker validates, as many images at a time as it trains on, which fit the memory."""
         share = self.trainer.replicas.share
-        return data.ordered_batches(load, self.val.labels, -(-self.order.batch_size // share.parts), share=share)
+        size = -(-self.order.batch_size // (share.parts * self.trainer.settings.accumulate))
+        return data.ordered_batches(load, self.val.labels, size, share=share)
 
     def _check_stop(self) -> None:
         """Raises Stopped after a signal, at the same step on all workers, whichever of them got it."""

@@ -38,6 +38,7 @@ from training.evaluation import (
 from training.known import write_known
 from training.log import Log, NoLog
 from training.loop import Keeper, Loop
+from training.memory import fitting_parts
 from training.settings import Settings
 from training.step import Trainer
 from weights.names import find_imagenet, load_pretrained
@@ -147,6 +148,8 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     config = run.config()
     devices.use_threads(config.threads)
     found = plan.list_images(settings, data_path)
+    if settings.auto_batch:  # which found the parts when the run began
+        settings = dataclasses.replace(settings, accumulate=config.settings["accumulate"])
     plan.check_settings(run, config, settings)
     plan.check_corrections(run, config, plan.corrections(settings, found))
     found = apply_corrections(found, config.corrections)
@@ -214,7 +217,7 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
     refuse_inside(data_path, {"--run": run.path, "--cache-dir": Path(settings.cache_dir)})
     devices.use_threads(run.config().threads if run.exists() else devices.default_threads())
     replicas = find_replicas(settings.devices)
-    _check_parts(settings, replicas)
+    _check_devices(settings, replicas)
     if not replicas.is_chief:
         return _train_with_chief(settings, data_path, run, replicas)
     prepared = None if run.exists() else prepare(settings, data_path, command)
@@ -225,6 +228,8 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
             prepared = resume(run, settings, data_path)
         assert prepared is not None
         if not run.exists():
+            if settings.auto_batch:
+                prepared = _in_fitting_parts(prepared, replicas.count)
             plan.write_images(run, plan.record_images(prepared.found, prepared.examples, prepared.prints))
             run.create(prepared.config)
         for line in _introduction(run, prepared.config, prepared.found.remarks(), replicas):
@@ -247,12 +252,28 @@ def _train_with_chief(settings: Settings, data_path: str, run: Run, replicas: Re
         return results
 
 
-def _check_parts(settings: Settings, replicas: Replicas) -> None:
+def _check_devices(settings: Settings, replicas: Replicas) -> None:
     """Raises UserError for settings that several devices can't keep."""
     if settings.batch_size < replicas.count:
         raise UserError(f"--batch-size {settings.batch_size}: less than an image for each of {replicas.count} devices")
     if settings.compile == "on" and replicas.count > 1:
         raise UserError(f"--compile on: XLA compiles a step on one device, not on {replicas.count}: leave it out")
+
+
+def _in_fitting_parts(prepared: Prepared, device_count: int) -> Prepared:
+    """`prepared` with the `accumulate` with which its steps fit the memory of each of the devices."""
+    settings = prepared.settings
+
+    def in_parts(parts: int) -> Prepared:
+        changed = dataclasses.replace(settings, accumulate=parts)
+        config = dataclasses.replace(prepared.config, settings=changed.as_dict())
+        return dataclasses.replace(prepared, settings=changed, config=config)
+
+    stepwise = [phase for phase in prepared.config.phases if phase.solver == "sgd"]
+    rows = -(-settings.batch_size // device_count)
+    parts = fitting_parts(lambda parts: in_parts(parts).trainer(), stepwise, rows, settings.accumulate)
+    print(f"memory     a step of {rows} images on a device fits in {parts} part{'s' if parts > 1 else ''}", flush=True)
+    return in_parts(parts)
 
 
 def refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:

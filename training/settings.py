@@ -62,6 +62,10 @@ class Settings:
     accumulate: int = _setting(
         1, "compute a batch in N parts, to fit a large batch in little memory", least=1, below=MANY
     )
+    auto_batch: bool = _setting(
+        False,
+        "try a step when a run begins, and compute a batch that does not fit the device's memory in 2, 4, 8, ... parts",
+    )
     learning_rate: float = _setting(1e-3, "learning rate at the first step", least=0)
     end_learning_rate: float = _setting(1e-7, "learning rate that the linear decay ends at", least=0)
     new_layer_rate: float = _setting(1.0, "factor on the learning rate of newly initialised layers", least=0)
@@ -125,10 +129,11 @@ class Settings:
             raise UserError(
                 f"--accumulate {self.accumulate}: more parts than --batch-size {self.batch_size} has images"
             )
-        if self.compile == "on" and (self.accumulate > 1 or self.deterministic):
+        if self.compile == "on" and (self.accumulate > 1 or self.auto_batch or self.deterministic):
             other = "--deterministic: XLA chooses its algorithms by timing them"
-            if self.accumulate > 1:
-                other = f"--accumulate {self.accumulate}: XLA can't compile the parts of a batch"
+            if self.accumulate > 1 or self.auto_batch:
+                flag = "--auto-batch" if self.auto_batch else f"--accumulate {self.accumulate}"
+                other = f"{flag}: XLA can't compile the parts of a batch"
             raise UserError(f"--compile on: not together with {other}")
 
     def resolved(self) -> "Settings":
@@ -161,7 +166,7 @@ GROUPS = {  # of flags in --help; all others are of the training
         *("on_bad_image", "relabel"),
     ),
     "network": ("pretrained", "network", "head", "train_from"),
-    "hardware": ("precision", "deterministic", "accumulate", "cache_dir", "devices", "compile"),
+    "hardware": ("precision", "deterministic", "accumulate", "auto_batch", "cache_dir", "devices", "compile"),
 }
 
 
