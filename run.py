@@ -1,6 +1,6 @@
 """The run directory: one folder that holds everything a training run leaves, and all that other commands need of it.
 
-config.json   settings, classes, counts, preprocessing, versions, command line: a `RunConfig`
+config.json   settings, classes, counts, preprocessing, versions, command line: see `run_config.py`
 classes.txt   class names, a line each
 images.csv    the images of the run: class, split, size, times and a hash of the content of each
 metrics.jsonl a line per log event: values that depend on the seed alone, equal however often the run was killed
@@ -20,10 +20,7 @@ import math
 import os
 import re
 import sys
-import types
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,159 +29,14 @@ import numpy as np
 import tensorflow as tf
 
 from console import UserError, one_line
-from data import Preprocessing
-from dataset.corrections import Correction
-from devices import compute_dtype
 from files import UNSUPPORTED, flush_to_disk, open_regular, warn_once, write_json, write_text
-from model import NETWORKS, Network
+from model import Network
+from run_config import RunConfig, new_network
 from weights.checkpoint import DamagedFile, read_checkpoint
 
 Arrays = dict[str, np.ndarray]
-FORMAT = 2  # of config.json; 1 had no such number
 FOLDERS = ("train", "val", "latest", "best")
-MOST_THREADS = 4096
 MOST_BYTES = 2**30  # of a text file of a run
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps [first_step, end_step) of a run, in which the stages from `train_from` on are trained.
-
-    Their input is what enters `input_stage`: images (the network's first stage), or `views` cached views of the
-    activations there. `solver`: `sgd`, or `lbfgs` for a head that is solved at once, as if all those steps were done.
-    """
-
-    name: str
-    train_from: str
-    input_stage: str
-    views: int
-    first_step: int
-    end_step: int
-    solver: str = "sgd"
-
-
-@dataclass(frozen=True)
-class DataRecord:
-    """The data set that a run was begun with.
-
-    path: DATA as given, absolute; root: the folder that the names of images are relative to.
-    digest: of every name with its class and split; content: of the content of every image used ("": not recorded).
-    """
-
-    root: str
-    layout: str
-    digest: str
-    path: str = ""
-    content: str = ""
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """The arguments of `Network` but for the compute dtype."""
-
-    network: str
-    head: str
-    class_count: int
-    image_size: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class WeightsRecord:
-    """Where the first values came from, and what became of every name: see `weights.restore.RestoreReport`."""
-
-    source: str
-    summary: str
-    restored: list[str] = field(default_factory=list)
-    new: list[Any] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What is decided when a run begins and kept when it is resumed: the content of config.json.
-
-    settings: every field of `training.settings.Settings` by name; counts: images of each split.
-    excluded: relative names of bad images that the run leaves out; new_variables: names not restored.
-    corrections: labels changed and images dropped by --relabel; `counts` are those after it.
-    threads: CPU threads that an operation is divided among, which decides how sums are rounded (0: not recorded).
-    """
-
-    command: list[str]
-    created: str
-    settings: dict[str, Any]
-    class_names: tuple[str, ...]
-    counts: dict[str, int]
-    data: DataRecord
-    model: ModelRecord
-    head_reason: str
-    precision: str
-    preprocessing: Preprocessing
-    phases: tuple[Phase, ...]
-    pretrained: WeightsRecord
-    new_variables: list[str]
-    versions: dict[str, str]
-    excluded: list[str] = field(default_factory=list)
-    corrections: list[Correction] = field(default_factory=list)
-    threads: int = 0
-    format: int = FORMAT
-
-    @classmethod
-    def from_json(cls, value: Any) -> "RunConfig":
-        """Of a parsed config.json of this or an earlier version; ValueError says what is wrong with it."""
-        version = value.get("format", 1) if isinstance(value, dict) else 0
-        if not isinstance(version, int) or version > FORMAT:
-            raise ValueError(f"format {version} is of a later version; this one reads up to {FORMAT}: update")
-        if version == 1 and isinstance(value.get("phases"), list):
-            phases = [
-                {**phase, "end_step": phase.get("last_step")} if isinstance(phase, dict) else phase
-                for phase in value["phases"]
-            ]
-            value = {**value, "phases": phases, "format": 1}
-        config = typing.cast(RunConfig, _typed(cls, value, ""))
-        for name, valid in (
-            ("model.network", config.model.network in NETWORKS),
-            ("precision", config.precision in ("float32", "bfloat16")),
-            ("threads", 0 <= config.threads <= MOST_THREADS),
-            ("class_names", len(set(config.class_names)) == len(config.class_names) == config.model.class_count),
-            ("preprocessing.image_size", config.preprocessing.image_size == config.model.image_size),
-            ("preprocessing.std_rgb", all(0 < std < math.inf for std in config.preprocessing.std_rgb)),
-            ("preprocessing.mean_rgb", all(map(math.isfinite, config.preprocessing.mean_rgb))),
-        ):
-            if not valid:
-                raise ValueError(f"{name} can't be so")
-        return config
-
-
-def _typed(kind: Any, value: Any, name: str) -> Any:
-    """`value`, parsed from JSON, as `kind`: a dataclass (unknown fields are ignored), a container, or a plain type."""
-    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints, found = typing.get_type_hints(kind), {}
-        for item in dataclasses.fields(kind):
-            place = f"{name}.{item.name}" if name else item.name
-            if item.name in value:
-                found[item.name] = _typed(hints[item.name], value[item.name], place)
-            elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-                raise ValueError(f"{place} is missing")
-        return typing.cast(Any, kind)(**found)
-    if kind is Any:
-        return value
-    if origin in (list, tuple) and isinstance(value, list):
-        if origin is tuple and arguments[-1] is not ... and len(value) != len(arguments):
-            raise ValueError(f"{name} has {len(value)} values, not {len(arguments)}")
-        return origin(_typed(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _typed(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if (
-        isinstance(origin, type | types.UnionType)
-        and isinstance(value, origin)
-        and isinstance(value, bool) == (kind is bool)
-    ):
-        return value
-    raise ValueError(f"{name or 'the content'} is {one_line(repr(value)[:60])}, not {getattr(kind, '__name__', kind)}")
 
 
 class Run:
@@ -401,18 +253,6 @@ class Run:
                 )
         for name, variable in variables.items():
             variable.assign(arrays[name])
-
-
-def new_network(config: RunConfig) -> Network:
-    """The network of a run, at its initial values; UserError where its config describes none."""
-    try:
-        return _new_network(config)
-    except ValueError as error:
-        raise UserError(f"config.json: {error}") from None
-
-
-def _new_network(config: RunConfig) -> Network:
-    return Network(**dataclasses.asdict(config.model), compute_dtype=compute_dtype(config.precision))
 
 
 def _serial(prefix: Path) -> int:

@@ -21,7 +21,8 @@ from exporting import graph
 from exporting.formats import FORMATS, Options, Photograph, is_decoded_alike, package
 from model import Network
 from reports import metrics
-from run import Run, RunConfig, new_network
+from run import Run
+from run_config import RunConfig, new_network
 from training import plan
 from training.evaluation import readable_failures
 from training.settings import Settings

@@ -16,7 +16,7 @@ from tests.conftest import rows_of
 from tests.tiny_networks import filled
 from tools import advise
 from tools.advise_evidence import Evidence, judge, kept_images, pooled_features, step_seconds
-from training.session import Prepared, prepare
+from training.preparation import Prepared, prepare
 from training.settings import Settings
 
 

@@ -20,7 +20,8 @@ from dataset.contents import fingerprints
 from dataset.layouts import Examples
 from model import Network
 from networks.vgg import MEAN_RGB, vgg
-from run import Phase, Run, new_network
+from run import Run
+from run_config import Phase, new_network
 from tests import kill_run
 from tests.conftest import TINY, call
 from training import features, plan, session

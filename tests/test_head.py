@@ -19,7 +19,7 @@ from model import Network
 from reports import metrics
 from run import Run
 from tests.conftest import TINY, call
-from training import evaluation, features, head, loop, plan, session
+from training import evaluation, features, head, loop, plan, preparation
 from training.settings import Settings
 
 SOLVED = ("--train-from", "head", "--cached-views", 2, "--cache-dir", "cache")
@@ -46,7 +46,7 @@ def head_problem(run: Path, images: Path, weights: Path) -> tuple[np.ndarray, np
     config = Run(run).config()
     settings = Settings.from_dict(config.settings)
     examples = plan.list_images(settings, str(images)).splits["train"]
-    network = session.prepare(settings, str(images)).network
+    network = preparation.prepare(settings, str(images)).network
     load = data.image_loader(examples, config.preprocessing, features.VIEW_SEED)
     rows = []
     for view in (0, 1):
@@ -135,13 +135,13 @@ def test_auto_solves_a_linear_head_unless_sgd_is_adjusted(sample_images, weights
     settings = train.parse_arguments(
         [str(sample_images), *map(str, TINY), "--pretrained", str(weights), *map(str, SOLVED), *flags]
     )[2]
-    assert session.prepare(settings, str(sample_images)).config.phases[-1].solver == solver
+    assert preparation.prepare(settings, str(sample_images)).config.phases[-1].solver == solver
 
 
 def test_a_solver_without_a_head_to_solve_is_refused(sample_images, weights):
     settings = Settings(pretrained=str(weights), network="small", image_size=32, head_solver="lbfgs")
     with pytest.raises(UserError, match="no phase trains a linear head alone"):
-        session.prepare(settings, str(sample_images))
+        preparation.prepare(settings, str(sample_images))
 
 
 def test_features_that_do_not_fit_in_memory_are_left_to_sgd(monkeypatch):
@@ -195,7 +195,7 @@ def test_a_damaged_calibration_is_one_line(solved, capfd, content):
 
 def test_features_come_from_the_cache_view_by_view(solved, sample_images, weights):
     settings = Settings.from_dict(Run(solved).config().settings)
-    prepared = session.prepare(settings, str(sample_images))
+    prepared = preparation.prepare(settings, str(sample_images))
     stop = StopSignals()
     train_split = {"train": prepared.examples["train"]}
     load = prepared.cached_loads(prepared.config.phases, train_split, stop)["gap"]["train"]

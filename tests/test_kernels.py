@@ -14,7 +14,7 @@ from tensorflow.python.framework import kernels
 import devices
 from console import UserError
 from model import NETWORKS, Network
-from run import Phase
+from run_config import Phase
 from training.features import _activations
 from training.settings import Settings
 from training.step import Optimisation, Trainer, compiled_forward, decay_over, stateless_dropout

@@ -17,8 +17,9 @@ import inference
 import train
 from console import exit_status
 from dataset.contents import content_hash, fingerprints
-from run import Run, RunConfig, newest_run
-from training import loop, plan, session
+from run import Run, newest_run
+from run_config import RunConfig
+from training import loop, plan, preparation, session
 
 SMALL = ("--network", "small", "--pretrained", "none", "--image-size", 32, "--batch-size", 8, "--epochs", 2)
 
@@ -144,7 +145,7 @@ def test_settings_are_checked_again_under_the_lock(copies, tmp_path, monkeypatch
     """Another process may create the run after this one found none."""
     images, run = copies
     target = tmp_path / "new"
-    original = session.prepare
+    original = preparation.prepare
 
     def meanwhile(*arguments):
         prepared = original(*arguments)

@@ -14,7 +14,7 @@ import model as model_module
 from dataset.layouts import Examples
 from model import Network
 from networks.vgg import vgg
-from run import Phase
+from run_config import Phase
 from training import plan
 from training.settings import Settings
 from training.step import (

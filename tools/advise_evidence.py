@@ -12,11 +12,11 @@ import tensorflow as tf
 import data
 from console import StopSignals, UserError
 from model import RootedLinear
-from run import Phase
+from run_config import Phase
 from training.cross_validation import cross_validate, strength_grid
 from training.features import VIEW_SEED, Cache, check_disk, fill
 from training.head import BATCH_SIZE, MOST_BYTES
-from training.session import Prepared, prepare
+from training.preparation import Prepared, prepare
 from training.settings import Settings
 
 DEPTHS = 3  # last stages of the network whose outputs are judged

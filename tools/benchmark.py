@@ -23,11 +23,11 @@ import devices
 from files import check_writable
 from model import NETWORKS, Network
 from reports.tables import table
-from run import Phase
+from run_config import Phase
 from tools.benchmark_input import candidates
 from tools.timing import Candidate, comparison, machine, record, take_turns
 from training.evaluation import readable_failures
-from training.session import prepare
+from training.preparation import prepare
 from training.settings import Settings, add_flags
 from training.step import Optimisation, Trainer, compiled_forward, decay_over
 

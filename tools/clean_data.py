@@ -23,7 +23,8 @@ from files import check_folder, defused, defused_path, write_csv
 from tools.clean_findings import Findings, Images, all_features, all_images, find, severity
 from tools.clean_page import write_pages
 from training.evaluation import readable_failures
-from training.session import prepare, refuse_inside
+from training.preparation import prepare
+from training.session import refuse_inside
 from training.settings import Settings, add_flags
 
 FLAGS = (  # of train.py: those that say what the features are

@@ -15,7 +15,7 @@ from reports import metrics, neighbours
 from reports.label_issues import LabelIssue, find_label_issues
 from training import head
 from training.cross_validation import cross_validate, strength_grid
-from training.session import Prepared
+from training.preparation import Prepared
 
 OUTLIER_NEIGHBOUR = 5  # whose distance counts: four copies of an outlier do not hide it
 SAMPLE = 4096  # images whose distance is drawn

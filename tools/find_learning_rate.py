@@ -22,7 +22,7 @@ from console import ArgumentParser, StopSignals
 from files import check_writable, write_csv
 from reports.pictures import BLUE, ORANGE, save_figure
 from training.evaluation import readable_failures
-from training.session import prepare
+from training.preparation import prepare
 from training.settings import Settings, add_flags
 from training.step import Schedule
 

@@ -28,7 +28,7 @@ import devices
 from dataset.layouts import Examples
 from model import Network
 from reports.tables import table
-from run import Phase
+from run_config import Phase
 from tools.benchmark import flops, matrix_product
 from training.evaluation import readable_failures
 from training.step import Optimisation, Trainer, compiled_forward, decay_over

@@ -23,9 +23,9 @@ from files import check_writable, write_csv
 from reports import metrics
 from reports.pictures import BLUE, save_figure
 from reports.tables import table
-from run import Phase
+from run_config import Phase
 from training.evaluation import readable_failures
-from training.session import Prepared, prepare
+from training.preparation import Prepared, prepare
 from training.settings import Settings, add_flags
 from training.step import compiled_forward, decay_over, predict
 

@@ -24,7 +24,8 @@ from model import Network
 from reports import metrics
 from reports.calibration import draw_reliability, fit_temperature, reliability
 from reports.results import write_results
-from run import Run, RunConfig
+from run import Run
+from run_config import RunConfig
 from training import features, plan
 from training.settings import Settings
 from training.step import compiled_forward

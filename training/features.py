@@ -28,7 +28,7 @@ from dataset.contents import Fingerprint
 from dataset.layouts import Examples
 from files import UNSUPPORTED, check_folder, flush_to_disk, open_regular, warn_once, write_json
 from model import Network
-from run import Phase
+from run_config import Phase
 
 BATCH_SIZE = 32
 CHECKSUM_BYTES = 4

@@ -18,7 +18,8 @@ import data
 from console import Stopped, StopSignals, UserError, one_line
 from dataset.layouts import Examples
 from reports import metrics
-from run import Phase, Run
+from run import Run
+from run_config import Phase
 from training.head import as_records, solve_head
 from training.log import Log, NoLog, Pacer
 from training.step import Schedule, Trainer, compiled_forward, decay_over, predict

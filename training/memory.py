@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from console import UserError
-from run import Phase
+from run_config import Phase
 from training.step import Trainer, decay_over
 
 

@@ -15,7 +15,8 @@ from dataset.contents import Fingerprint
 from dataset.corrections import Correction, as_written, read_corrections
 from files import write_csv
 from model import Network
-from run import Phase, Run, RunConfig
+from run import Run
+from run_config import Phase, RunConfig
 from training.head import can_solve
 from training.settings import Settings, flag_name
 from training.step import Optimisation

@@ -13,7 +13,7 @@ import tensorflow as tf
 import devices
 from model import Network
 from replicas import ONE_DEVICE, Replicas
-from run import Phase
+from run_config import Phase
 
 # The learning rate at a step: int64 scalar -> float32 scalar.
 Schedule = Callable[[tf.Tensor], tf.Tensor]
