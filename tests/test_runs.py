@@ -526,7 +526,7 @@ def test_threads_of_a_resumed_run_are_those_it_began_with(copies, monkeypatch):
     (run / "config.json").write_text(json.dumps({**config, "threads": 3}), encoding="utf-8")
     asked: list[int] = []
     monkeypatch.setattr(tf.config.threading, "set_intra_op_parallelism_threads", asked.append)
-    assert call(train, images, "--run", run, *SMALL) == 0
-    assert call(evaluate, "--run", run) == 0
-    assert call(inference, next(images.rglob("*.jpg")), "--run", run) == 0
-    assert asked == [3, 3, 3]
+    for command in ((train, images, *SMALL), (evaluate,), (inference, next(images.rglob("*.jpg")))):
+        assert call(*command, "--run", run) == 0
+        assert set(asked) == {3}
+        asked.clear()
