@@ -117,7 +117,7 @@ def train_with_marks(arguments: list[str]) -> NoReturn:
             yield batch
 
     mark()
-    then_mark(session, "Log", "training")
+    then_mark(vars(session)["Log"], "__init__", "training")
     then_mark(run.Run, "load_best", "results")
     wrap(run.Run, "save", "checkpoint")
     wrap(tf.raw_ops, "SaveV2", sleep=0.02)

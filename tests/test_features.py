@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -504,13 +505,13 @@ def test_two_phases_at_two_boundaries_share_one_pass_over_the_images(
     computed: list[tuple[int, int]] = []
     original = features.fill
 
-    def counted(caches: list[Cache], images: data.Load, stop: StopSignals) -> None:
+    def counted(caches: list[Cache], images: data.Load, *others: Any) -> None:
         def images_counted(positions: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
             computed.extend((int(index), int(view)) for index, view in positions.as_numpy_iterator())
             return images(positions, batch_size)
 
         stages.append([cache.stage for cache in caches])
-        original(caches, images_counted, stop)
+        original(caches, images_counted, *others)
 
     monkeypatch.setattr(features, "fill", counted)
     run, _ = cached_run(tmp_path, sample_images, train_from="conv5", head_epochs=1, precision="float32")
