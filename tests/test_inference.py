@@ -19,7 +19,7 @@ import train
 from predictor import Predictor
 from reports import metrics
 from run import Run
-from tests.conftest import TINY, call, rows_of
+from tests.conftest import ROOT, TINY, RunScript, call, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,29 @@ def with_temperature(trained: Path, folder: Path, temperature: object) -> Path:
     run = shutil.copytree(trained, folder / "calibrated")
     (run / "calibration.json").write_text(json.dumps({"temperature": temperature}))
     return run
+
+
+def test_prediction_imports_no_more_than_it_uses(run_script: RunScript, tmp_path: Path) -> None:
+    """TensorFlow brings a part of SciPy; what draws, fits and resizes is not imported for a prediction."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from console import quiet_tensorflow; quiet_tensorflow()\n"
+        "before = set(sys.modules); import inference\n"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    (tmp_path / "imports.py").write_text(code)
+    done = run_script(tmp_path / "imports.py", cwd=tmp_path)
+    imported = done.stdout.split()
+    assert {"predictor", "PIL", "simplejpeg"} <= set(imported), done.stderr
+    assert not {"keras", "matplotlib", "scipy", "skimage", "imageio", "h5py", "tensorboard"} & set(imported)
+
+
+def test_prediction_leaves_no_temporary_file(
+    trained: Path, photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoGraph would write one for each function that it converts, and is not needed: no Python `if` on a tensor."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert call(inference, photos[0], "--run", trained, "--tta", 1) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_paths_bytes_and_arrays_give_the_same_prediction_and_errors_stay_in_place(
