@@ -184,6 +184,7 @@ def _import_tensorflow() -> Any:
     try:
         return importlib.import_module("tensorflow")
     finally:
+        gc.freeze()  # nor later, when the records of 100,000 images make Python look again
         if collecting:
             gc.enable()
         if blocked:
