@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import errno
+import gc
+import importlib
 import io
 import os
 import signal
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 ENDING_AT_ONCE = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)  # where they come a second time
 STOPPING = (*ENDING_AT_ONCE, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+KERAS = "keras.src.optimizers"  # what TensorFlow imports of it
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Batch = TypeVar("Batch")
 
@@ -151,6 +154,7 @@ def quiet_tensorflow() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        _import_tensorflow()
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     if sys.stderr is not None:
@@ -159,12 +163,32 @@ def quiet_tensorflow() -> None:
     with open(os.devnull, "wb") as swallowed:
         os.dup2(swallowed.fileno(), 2)
         try:
-            import tensorflow as tf
-
-            tf.config.list_physical_devices()
+            _import_tensorflow().config.list_physical_devices()
         finally:
             os.dup2(stderr_copy, 2)
             os.close(stderr_copy)
+
+
+def _import_tensorflow() -> Any:
+    """TensorFlow without Keras, and so without matplotlib, which Keras imports: half the time of `import tensorflow`.
+
+    The last thing that TensorFlow's import does is to import `KERAS`, or to go on without where that raises
+    ImportError, as it does for a name that is None in `sys.modules`. `tf.keras` and `import keras` work as ever: Keras
+    is imported where a program first uses it.
+    """
+    blocked = "tensorflow" not in sys.modules and KERAS not in sys.modules
+    if blocked:
+        sys.modules[KERAS] = None  # type: ignore[assignment]
+    collecting = gc.isenabled()
+    gc.disable()  # what an import makes stays: looking through it for garbage, again and again, takes 0.3 s
+    try:
+        return importlib.import_module("tensorflow")
+    finally:
+        gc.freeze()  # nor later, when the records of 100,000 images make Python look again
+        if collecting:
+            gc.enable()
+        if blocked:
+            del sys.modules[KERAS]
 
 
 def _report_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

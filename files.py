@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,17 @@ def _try_writing(folder: Path) -> None:
     aside = folder / f".tmp-{uuid.uuid4().hex}"
     aside.touch()
     aside.unlink()
+
+
+def unnamed_beside(path: str | os.PathLike[str]) -> io.FileIO:
+    """A file without a name on the disk of `path`, for what may not fit in memory; it ends with this process."""
+    return tempfile.TemporaryFile(dir=Path(path).absolute().parent, buffering=0)
+
+
+def append(file: io.FileIO, content: bytes) -> None:
+    """Writes all of `content`; OSError where the disk has no room for it, when a part may be written."""
+    if file.write(content) != len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

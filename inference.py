@@ -6,28 +6,26 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import argparse
+import contextlib
 import glob
 import itertools
-import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
 
-from console import NO_SPACE, ArgumentParser, Stopped, UserError, one_line, progress_bar, quiet_tensorflow, run_script
+from console import ArgumentParser, UserError, one_line, progress_bar, quiet_tensorflow, run_script
 
 quiet_tensorflow()
 
-import numpy as np
 from tqdm import tqdm
 
 import devices
+from answers import Details, embedding_file, format_prediction, result_file, write_results
 from dataset.walk import summary, walk
-from files import check_folder, check_writable, csv_text, defused, defused_path, replace_file, write_text
+from files import check_folder, check_writable
 from predictor import BATCH_SIZE, Prediction, Predictor
 from run import Run, newest_run
-
-Details = dict[str, object]  # what a JSON object holds besides the image and its predictions
 
 
 def find_files(patterns: list[str]) -> list[str] | Iterator[str]:
@@ -66,43 +64,6 @@ def _paths_on_stdin() -> Iterator[str]:
         raise UserError("-: no path on standard input")
 
 
-def format_prediction(prediction: Prediction, form: str, top: int, threshold: float | None, details: Details) -> str:
-    """One prediction as text, as a JSON object or as CSV rows (image, rank, class, probability, error).
-
-    Where the most probable class is below `threshold`, text and CSV name no class: the CSV has one row of rank 1, with
-    an empty class and the probability of the best. JSON keeps the predictions and says so. Of an unknown image the CSV
-    says "unknown" in the column of errors.
-    """
-    name, error, pairs = prediction.name, prediction.error, prediction.top(top)
-    below = threshold is not None and not error and prediction.top(1)[0][1] < threshold
-    if form == "json":
-        if error:
-            return json.dumps({"image": name, "error": error}) + "\n"
-        found = [{"class": class_name, "probability": probability} for class_name, probability in pairs]
-        extra = {} if threshold is None else {"below_threshold": below}
-        extra |= {} if prediction.unknown is None else {"unknown": prediction.unknown}
-        return json.dumps({"image": name, "predictions": found, **extra, **details}) + "\n"
-    if form == "csv":
-        if error:
-            return csv_text([[defused_path(name), "", "", "", defused(error)]])
-        shown = [("", pairs[0][1])] if below else pairs
-        remark = "unknown" if prediction.unknown else ""
-        rows = [[defused_path(name), n, defused(c), f"{p:.6f}", remark] for n, (c, p) in enumerate(shown, start=1)]
-        return csv_text(rows)
-    if error:
-        return f"{one_line(name)}\n   error  {error}\n"
-    if below:
-        ((best, probability),) = prediction.top(1)
-        lines = [f"   none above {threshold:g} (the best: {probability:.4f}  {one_line(best)})"]
-    else:
-        lines = [f"  {probability:7.4f}  {one_line(class_name)}" for class_name, probability in pairs]
-    if prediction.unknown:
-        lines.insert(0, "   unknown: unlike the training images")
-    if isinstance(box := details.get("box"), tuple):
-        lines.append("   box  left {}, top {}, right {}, bottom {}".format(*box))
-    return "".join(f"{line}\n" for line in (one_line(name), *lines))
-
-
 class Illustrator:
     """Draws the heat maps that --heatmap asks for, and finds the boxes of --boxes."""
 
@@ -125,24 +86,6 @@ class Illustrator:
             self._heatmap.draw_heatmap(path, seen.picture, seen.values, seen.size, seen.crop, box)
             found["heatmap"] = path
         return found
-
-
-def write_results(pieces: list[str]) -> None:
-    """Writes to standard output, where odd bytes of a file name go out as they came in."""
-    try:
-        sys.stdout.buffer.write("".join(pieces).encode(errors="surrogateescape"))
-        sys.stdout.buffer.flush()
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise
-        raise Stopped(signal.SIGPIPE) from None  # nobody reads them
-
-
-def write_embeddings(path: str, predictions: list[tuple[str, np.ndarray]]) -> None:
-    """An npz with `images`, str [N], and `features`, float32 [N, C], of the images that could be read, in order."""
-    names = np.array([name for name, _ in predictions])
-    with replace_file(path) as aside, open(aside, "wb") as file:
-        np.savez(file, images=names, features=np.stack([features for _, features in predictions]))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -244,30 +187,24 @@ def main() -> int:
         total,
         bool(arguments.output) or not sys.stdout.isatty(),
     )
-    pieces = ["image,rank,class,probability,error\n"] if arguments.format == "csv" else []
-    embeddings: list[tuple[str, np.ndarray]] = []
     count = failed = 0
-    for count, prediction in enumerate(predictions, start=1):
-        if prediction.error:
-            failed += 1
-            tqdm.write(f"error: {one_line(prediction.name)}: {prediction.error}", file=sys.stderr)
-        details = illustrator.details(first + step * (count - 1), prediction) if illustrator else {}
-        if arguments.embeddings and not prediction.error:
-            embeddings.append((prediction.name, prediction.features))
-        pieces.append(format_prediction(prediction, arguments.format, arguments.top, arguments.threshold, details))
-        if not arguments.output:
-            write_results(pieces)
-            pieces.clear()
-    if embeddings:
-        write_embeddings(arguments.embeddings, embeddings)
-    if arguments.output:
-        try:
-            write_text(arguments.output, "".join(pieces))
-        except OSError as error:
-            write_results(pieces)  # what was computed is not lost
-            raise UserError(
-                f"--output {arguments.output}: {error.strerror}; the results are on standard output"
-            ) from None
+    with contextlib.ExitStack() as files_of_results:
+        write = embed = None
+        if arguments.embeddings:
+            embed = files_of_results.enter_context(embedding_file(arguments.embeddings))
+        if arguments.output:
+            write = files_of_results.enter_context(result_file(arguments.output))
+        write = write or write_results
+        if arguments.format == "csv":
+            write("image,rank,class,probability,error\n")
+        for count, prediction in enumerate(predictions, start=1):
+            if prediction.error:
+                failed += 1
+                tqdm.write(f"error: {one_line(prediction.name)}: {prediction.error}", file=sys.stderr)
+            elif embed:
+                embed(prediction)
+            details = illustrator.details(first + step * (count - 1), prediction) if illustrator else {}
+            write(format_prediction(prediction, arguments.format, arguments.top, arguments.threshold, details))
     # Some bad images are a partial result; with none that can be read there is no result.
     return 0 if not failed else 2 if failed == count else 1
 

@@ -112,7 +112,7 @@ class Predictor:
         self._known = None if unknown_rate is None else _Known(run, unknown_rate)
         side = self._spec.image_size
 
-        @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)])
+        @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)], autograph=False)
         def views(image: tf.Tensor) -> tf.Tensor:
             central = data.preprocess(image, self._spec)
             if tta is None:
@@ -124,7 +124,7 @@ class Predictor:
             )
             return tf.concat([[central, central[:, ::-1]], random], axis=0)
 
-        @tf.function(input_signature=[tf.TensorSpec([None, side, side, 3], tf.float32)])
+        @tf.function(input_signature=[tf.TensorSpec([None, side, side, 3], tf.float32)], autograph=False)
         def forward(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             activations = last_convolution(self._network, x)
             entering = head_input(self._network, activations)

@@ -71,7 +71,8 @@ def _csv_row(cells: list[str], header: list[str], roots: list[str], where: str) 
     # A stray quote takes the rows up to the next quote into its cell.
     if any(line.count(",") >= len(header) - 1 for line in label.splitlines()[1:]):
         raise UserError(f"{where}: the label holds whole rows: fix the quotes there")
-    if any("\udc80" <= character <= "\udcff" for character in label):  # a path may be any bytes, a label is text
+    # A path may be any bytes, a label is text. (Nearly all are ASCII: a quarter of the time of a long list.)
+    if not label.isascii() and any("\udc80" <= character <= "\udcff" for character in label):
         raise UserError(f"{where}: the label {label!r} is not UTF-8: save the file as UTF-8")
     split = row.get("split", "").strip().lower() if "split" in header else NO_SPLIT
     if split != NO_SPLIT and split not in SPLIT_OF_NAME:

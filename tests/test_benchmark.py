@@ -1,5 +1,6 @@
 """The benchmarks and the GPU check: what they compute from their times, and that every command runs at a tiny size."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from console import StopSignals
-from model import Network
+import train
+from console import StopSignals, UserError
+from model import NETWORKS, Network
+from networks.vgg import vgg
+from run import Run
 from tests.conftest import TINY, call
-from tools import benchmark, benchmark_peers, gpu_check, timing
+from tools import benchmark, benchmark_peers, benchmark_processes, gpu_check, keras_predict, timing
 from tools.timing import Round
 from training.step import compiled_forward
 
@@ -96,8 +100,41 @@ def test_training_on_cached_activations_and_on_images_is_compared(
     assert "nothing is frozen" in capfd.readouterr().err
 
 
+def test_processes_predict_a_folder_with_inference_and_with_keras(
+    sample_images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert call(train, sample_images, "--run", run, "--epochs", 1, *TINY) == 0
+    flags = ["--rounds", 1, "--warm-up", 0]
+    assert call(benchmark, "folder", sample_images, "--images", 3, "--run", run, *flags) == 0
+    table = capfd.readouterr().out
+    assert "inference.py" in table
+    assert "plain Keras" in table
+    photograph = next(sample_images.rglob("*.jpg"))
+    benchmark_processes.keras_model(Run(run).load_model(), "float32").save(tmp_path / "model.keras")
+    for given, count in ((photograph, 1), (sample_images / "val", 24)):
+        keras_predict.main(str(tmp_path / "model.keras"), str(given))
+        lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+        assert len(lines) == count
+        assert {Path(line["image"]).name for line in lines} <= {path.name for path in sample_images.rglob("*.jpg")}
+    missing = benchmark_processes.process("inference.py", str(tmp_path / "no.jpg"), "--run", str(run))
+    with pytest.raises(UserError, match="does not exist"):
+        missing()
+
+
+@pytest.mark.parametrize(("head", "size"), [("gap", 64), ("fc", 224)])
+def test_the_keras_model_has_our_layers(head: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "small", vgg((2, 3), (4,), (5,), (6,), (7,), fc_units=8))
+    network = Network("small", head, 9, size)
+    model = benchmark_processes.keras_model(network, "float32")
+    ours = [tuple(v.shape) for name, v in network.variables_by_name.items() if name.endswith("/weights")]
+    theirs = [tuple(v.shape) for v in model.weights if len(v.shape) > 1]
+    assert [np.prod(shape) for shape in ours] == [np.prod(shape) for shape in theirs]
+    assert model.output_shape == (None, 9)
+
+
 def test_imports_are_summed_by_package() -> None:
-    packages = benchmark.imports("json")
+    packages = benchmark_processes.imports("json")
     assert "json" in dict(packages)
     assert [seconds for _, seconds in packages] == sorted((s for _, s in packages), reverse=True)
 

@@ -116,6 +116,32 @@ def test_a_full_disk_under_standard_output_is_said():
     assert "no space left under standard output" in done.stderr
 
 
+# -- a quick start ---------------------------------------------------------------------------------------------------
+
+USE_OF_KERAS = """
+import keras
+from tensorflow.keras.layers import Dense
+assert Dense is keras.layers.Dense is tf.keras.layers.Dense
+assert tf.optimizers.SGD is keras.optimizers.SGD
+model = keras.Sequential([keras.Input((3,)), Dense(2)])
+model.compile("sgd", "mse")
+model.fit(tf.ones((4, 3)), tf.ones((4, 2)), verbose=0)
+print(model(tf.ones((1, 3))).shape)
+"""
+
+
+@pytest.mark.parametrize("level", [None, "2"])
+@pytest.mark.parametrize("keras_first", [False, True])
+def test_keras_is_imported_by_those_alone_who_use_it(level, keras_first):
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    absent = "assert not {'keras', 'keras.src.optimizers', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+    start = "import keras\n" if keras_first else ""
+    code = f"{start}quiet_tensorflow()\n{'' if keras_first else absent}import tensorflow as tf{USE_OF_KERAS}"
+    done = run_code(code, env=environment | ({"TF_CPP_MIN_LOG_LEVEL": level} if level else {}))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(1, 2)\n"
+
+
 # -- signals ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,16 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+import answers
 import data
+import files
 import inference
 import predictor as predictor_module
 import train
 from predictor import Predictor
 from reports import metrics
 from run import Run
-from tests.conftest import TINY, call, rows_of
+from tests.conftest import ROOT, TINY, RunScript, call, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,29 @@ def with_temperature(trained: Path, folder: Path, temperature: object) -> Path:
     run = shutil.copytree(trained, folder / "calibrated")
     (run / "calibration.json").write_text(json.dumps({"temperature": temperature}))
     return run
+
+
+def test_prediction_imports_no_more_than_it_uses(run_script: RunScript, tmp_path: Path) -> None:
+    """TensorFlow brings a part of SciPy; what draws, fits and resizes is not imported for a prediction."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from console import quiet_tensorflow; quiet_tensorflow()\n"
+        "before = set(sys.modules); import inference\n"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    (tmp_path / "imports.py").write_text(code)
+    done = run_script(tmp_path / "imports.py", cwd=tmp_path)
+    imported = done.stdout.split()
+    assert {"predictor", "PIL", "simplejpeg"} <= set(imported), done.stderr
+    assert not {"keras", "matplotlib", "scipy", "skimage", "imageio", "h5py", "tensorboard"} & set(imported)
+
+
+def test_prediction_leaves_no_temporary_file(
+    trained: Path, photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoGraph would write one for each function that it converts, and is not needed: no Python `if` on a tensor."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert call(inference, photos[0], "--run", trained, "--tta", 1) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_paths_bytes_and_arrays_give_the_same_prediction_and_errors_stay_in_place(
@@ -188,6 +214,48 @@ def test_embeddings_name_the_readable_images(trained: Path, photos: list[str], t
         assert arrays["features"].dtype == np.float32
         expected = [prediction.features for prediction in Predictor(trained).predict(photos[:2])]
         np.testing.assert_allclose(arrays["features"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--output", "--embeddings"])
+def test_an_interrupted_run_leaves_the_earlier_file_alone(
+    trained: Path, photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    (tmp_path / "out.npz").write_text("of an earlier run")
+
+    predict = Predictor.predict
+
+    def interrupted(self: Predictor, sources: Iterator[str]) -> Iterator[predictor_module.Prediction]:
+        yield from predict(self, sources)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, "predict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(inference, *photos[:2], "--run", trained, flag, tmp_path / "out.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+    assert (tmp_path / "out.npz").read_text() == "of an earlier run"
+
+
+def test_results_of_a_full_disk_go_to_standard_output(
+    trained: Path, photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    expected = predicted(capfd, *photos[:3], "--run", trained, "--batch-size", 1)
+    room = len("".join(json.dumps(line) + "\n" for line in expected[:2])) + 9
+
+    class SmallDisk(io.FileIO):
+        def write(self, content) -> int:
+            return super().write(content[: max(0, room - self.tell())])
+
+    def on_small_disk(path: str) -> io.FileIO:
+        with files.unnamed_beside(path) as file:
+            return SmallDisk(os.dup(file.fileno()), "rb+")
+
+    monkeypatch.setattr(answers, "unnamed_beside", on_small_disk)
+    flags = ("--run", trained, "--batch-size", 1, "--format", "json", "--output", tmp_path / "out.json")
+    assert call(inference, *photos[:4], *flags) == 2
+    captured = capfd.readouterr()
+    assert [json.loads(line) for line in captured.out.splitlines()] == expected
+    assert "No space left on device; the results are on standard output" in captured.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_heat_maps_and_boxes_lie_on_the_upright_photograph(trained: Path, tmp_path: Path, capfd) -> None:

@@ -6,8 +6,8 @@ are printed, and with --record FILE appended to a file with the machine, the ver
 
 import argparse
 import dataclasses
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +23,9 @@ import devices
 from files import check_writable
 from model import NETWORKS, Network
 from reports.tables import table
+from run import Run
 from run_config import Phase
+from tools import benchmark_processes as processes
 from tools.benchmark_input import candidates
 from tools.timing import Candidate, comparison, machine, record, take_turns
 from training.evaluation import readable_failures
@@ -32,7 +34,6 @@ from training.settings import Settings, add_flags
 from training.step import Optimisation, Trainer, compiled_forward, decay_over
 
 Rounds = tuple[int, int]  # timed, and before them those that are not counted
-ROOT = Path(__file__).resolve().parent.parent
 
 
 # -- step, inference -------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def measure_network(arguments: argparse.Namespace, rounds: Rounds, stop: StopSig
     return f"{text}\nours reaches {share:.0%} of what products of large matrices reach here"
 
 
-# -- cache -----------------------------------------------------------------------------------------------------------
+# -- input, cache ----------------------------------------------------------------------------------------------------
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -145,12 +146,16 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=400, help="at most so many files (default: 400)")
 
 
-def measure_input(arguments: argparse.Namespace, rounds: Rounds, stop: StopSignals) -> str:
-    """`taskset -c 0` in front gives the figures of one core."""
+def find_jpegs(arguments: argparse.Namespace) -> list[str]:
     paths = [str(path) for path in sorted(arguments.folder.rglob("*.jpg"))[: max(1, arguments.images)]]
     if not paths:
         raise UserError(f"{one_line(arguments.folder)} holds no *.jpg: give a folder of JPEG files")
-    return comparison(take_turns(candidates(paths), *rounds, stop))
+    return paths
+
+
+def measure_input(arguments: argparse.Namespace, rounds: Rounds, stop: StopSignals) -> str:
+    """`taskset -c 0` in front gives the figures of one core."""
+    return comparison(take_turns(candidates(find_jpegs(arguments)), *rounds, stop))
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -197,60 +202,47 @@ def measure_cache(arguments: argparse.Namespace, rounds: Rounds, stop: StopSigna
     return comparison(take_turns(ways, *rounds, stop))
 
 
-# -- startup ---------------------------------------------------------------------------------------------------------
+# -- startup, folder -------------------------------------------------------------------------------------------------
 
 
 def add_startup_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", help="also one prediction with this run, in a process of its own")
+    parser.add_argument("--run", help="also one prediction with this run, and with a Keras model of the same layers")
     parser.add_argument("--image", help="the image to predict")
 
 
-def process(*command: str) -> Candidate:
-    """A Python process from its start to its end."""
-
-    def work() -> int:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"python {' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
-        return 1
-
-    return work
-
-
-def imports(module: str, count: int = 12) -> list[tuple[str, float]]:
-    """The packages that take longest to import for `module`: (name, seconds of its own files), longest first."""
-    command = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    seconds: dict[str, float] = {}
-    for line in done.stderr.splitlines():
-        fields = line.removeprefix("import time:").split("|")
-        if line.startswith("import time:") and fields[0].strip().isdigit():
-            package = fields[2].strip().partition(".")[0]
-            seconds[package] = seconds.get(package, 0.0) + int(fields[0]) / 1e6
-    return sorted(seconds.items(), key=lambda item: -item[1])[:count]
-
-
 def measure_startup(arguments: argparse.Namespace, rounds: Rounds, stop: StopSignals) -> str:
-    """Whole processes, whose rate is 1 / seconds, and what their imports consist of."""
+    """Whole processes, and what their imports consist of."""
     if bool(arguments.run) != bool(arguments.image):
         raise UserError("--run and --image: give both or neither")
     candidates = {
-        "TensorFlow alone": process("-c", "import tensorflow"),
-        "inference.py --help": process("inference.py", "--help"),
-        "train.py --help": process("train.py", "--help"),
+        "TensorFlow alone": processes.process("-c", "import tensorflow"),
+        "inference.py --help": processes.process("inference.py", "--help"),
+        "train.py --help": processes.process("train.py", "--help"),
     }
-    if arguments.run:
-        run, image = (str(Path(name).resolve()) for name in (arguments.run, arguments.image))
-        candidates["one prediction"] = process("inference.py", image, "--run", run)
-    measured = take_turns(candidates, *rounds, stop)
-    rows = []
-    for name, of_name in measured.items():
-        seconds = [r.wall for r in of_name]
-        rows.append([name, f"{np.median(seconds):.2f}", f"{min(seconds):.2f} to {max(seconds):.2f}"])
-    text = table(rows, ["process", "seconds (median)", "fastest to slowest"])
-    return (
-        text + "\n\n" + table([[n, f"{s:.3f}"] for n, s in imports("inference")], ["import of inference.py", "seconds"])
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.run:
+            image = Path(arguments.image).resolve()
+            candidates |= processes.predictions(Run(arguments.run), Path(folder), image, 1)
+        measured = take_turns(candidates, *rounds, stop)
+    imported = [[name, f"{seconds:.3f}"] for name, seconds in processes.imports("inference")]
+    return f"{processes.seconds(measured)}\n\n{table(imported, ['import of inference.py', 'seconds'])}"
+
+
+def add_folder_flags(parser: argparse.ArgumentParser) -> None:
+    add_input_flags(parser)
+    parser.add_argument("--run", required=True, help="the run to predict with: vgg_19, vgg_16 or small")
+
+
+def measure_folder(arguments: argparse.Namespace, rounds: Rounds, stop: StopSignals) -> str:
+    """Whole processes again, the start included."""
+    paths = find_jpegs(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        photographs = Path(folder) / "photographs"
+        photographs.mkdir()
+        for number, path in enumerate(paths):
+            (photographs / f"{number:06d}.jpg").symlink_to(Path(path).resolve())
+        candidates = processes.predictions(Run(arguments.run), Path(folder), photographs, len(paths))
+        return comparison(take_turns(candidates, *rounds, stop))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -264,6 +256,7 @@ COMMANDS: dict[str, Command] = {
     "input": ("from JPEG files to the network's input", add_input_flags, measure_input),
     "cache": ("training on cached activations and on images", add_cache_flags, measure_cache),
     "startup": ("imports, and one prediction in a process of its own", add_startup_flags, measure_startup),
+    "folder": ("inference.py and a plain Keras script on a folder", add_folder_flags, measure_folder),
 }
 
 
