@@ -52,7 +52,7 @@ class Network(tf.Module):
         class_count: number of classes, the width of the logits.
         image_size: side of the square input in pixels. The variables of `linear` depend on it.
         compute_dtype: float32 or bfloat16. Variables, pooled features and logits are float32 in any case.
-        seed: for the initial values; those of the last layer are zero.
+        seed: for the initial values; those of the last layer are zero. None: all are zero, to be loaded at once.
 
     Attributes:
         stages: names in order, those of the head (`head_stages`) included.
@@ -70,7 +70,7 @@ class Network(tf.Module):
         class_count: int,
         image_size: int = 224,
         compute_dtype: tf.DType = tf.float32,
-        seed: int = 0,
+        seed: int | None = 0,
     ):
         super().__init__(name=network)
         self.network, self.head, self.class_count, self.image_size = network, head, class_count, image_size

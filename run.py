@@ -230,7 +230,7 @@ class Run:
 
     def load_model(self) -> Network:
         """The network to predict with: `best`, or `latest` in a run that has no validation behind it yet."""
-        network = new_network(self.config())
+        network = new_network(self.config(), seeded=False)
         self.load_best(network)
         return network
 

@@ -158,9 +158,10 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     raise ValueError(f"{name or 'the content'} is {one_line(repr(value)[:60])}, not {getattr(kind, '__name__', kind)}")
 
 
-def new_network(config: RunConfig) -> Network:
-    """The network of a run, at its initial values; UserError where its config describes none."""
+def new_network(config: RunConfig, seeded: bool = True) -> Network:
+    """A run's network: initial values, or zeros unless `seeded`; UserError where its config describes none."""
+    model = dataclasses.asdict(config.model) | ({} if seeded else {"seed": None})
     try:
-        return Network(**dataclasses.asdict(config.model), compute_dtype=compute_dtype(config.precision))
+        return Network(**model, compute_dtype=compute_dtype(config.precision))
     except ValueError as error:
         raise UserError(f"config.json: {error}") from None

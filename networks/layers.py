@@ -42,15 +42,18 @@ class Variables:
     """The variables of a network while its layers make them.
 
     Weights begin as in He et al. 2015 (normal, variance 2 / fan in), all else as zeros or ones. An initial value is a
-    function of the seed and of how many variables were made before.
+    function of the seed and of how many variables were made before. Without a seed all weights are zero: for values
+    that are loaded at once, since a VGG19 of random numbers takes seconds.
     """
 
     scope: str
-    seed: int
+    seed: int | None
     by_name: dict[str, tf.Variable] = field(default_factory=dict)
 
     def weights(self, name: str, shape: Shape, gain: float = 1.0) -> tf.Variable:
         """Float32 weights; the last axis are the outputs. `gain` is a factor on the initial values."""
+        if self.seed is None:
+            return self._add(f"{name}/weights", tf.zeros(shape))
         deviation = gain * math.sqrt(2.0 / math.prod(shape[:-1]))
         key = (self.seed, len(self.by_name))
         return self._add(f"{name}/weights", deviation * tf.random.stateless_normal(shape, seed=key))

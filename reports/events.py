@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorboard.plugins.hparams import api as hparams
+from tensorboard.plugins.hparams import summary_v2 as hparams  # its `api` imports Keras, for a second
 
 from console import UserError, one_line
 from reports.records import Record, is_record, number, usable_records
