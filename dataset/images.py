@@ -109,6 +109,8 @@ def decode_image(contents: bytes, name: str) -> np.ndarray:
     if kind is None:
         zeros = contents.count(0) == len(contents)
         raise ImageError(name, "holds only zero bytes" if zeros else f"is not an image (starts with {contents[:12]!r})")
+    if kind == "jpeg" and (pixels := _decode_plain_jpeg(contents)) is not None:
+        return pixels
     image = _open_image(contents, kind, name)
     try:
         pixels = None
@@ -124,6 +126,14 @@ def decode_image(contents: bytes, name: str) -> np.ndarray:
         return upright(pixels, image)
     except Exception as error:
         raise ImageError(name, _damage(kind, error)) from error
+
+
+def _decode_plain_jpeg(contents: bytes) -> np.ndarray | None:
+    """The pixels of a `plain` JPEG without a fault, as most are; else None. Pillow would take a sixth more time."""
+    header = jpeg.header(contents[:LONG_HEAD_BYTES])
+    if header is None or not header.plain or _size_fault("jpeg", header.width, header.height, len(contents)):
+        return None
+    return jpeg.decode(contents)
 
 
 def find_fault(path: Path, thorough: bool = False) -> str | None:
@@ -305,8 +315,8 @@ def _has_end(kind: str | None, tail: bytes) -> bool:
 def _good_header(kind: str | None, head: bytes, size: int) -> bool:
     """Whether the first bytes of a file of `size` bytes hold a whole header."""
     if kind == "jpeg":  # not by Pillow, which takes four times as long: most of the time of checking 100,000 files
-        sides = jpeg.picture_size(head)
-        return sides is not None and _size_fault(kind, *sides, size) is None
+        header = jpeg.header(head)
+        return header is not None and _size_fault(kind, header.width, header.height, size) is None
     try:
         _open_image(head, str(kind), "")
     except ImageError:

@@ -6,14 +6,21 @@ Source: ITU-T T.81, annex B.
 import re
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 
 MAX_SCANS = 200  # encoders write 10, careful ones up to 100; each costs the time of a whole picture
-SOF, SOS, EOI = (0xC0, 0xC1, 0xC2), 0xDA, 0xD9  # frames that libjpeg decodes, the start of a scan, the end
+SOF, PROGRESSIVE = (0xC0, 0xC1, 0xC2), 0xC2  # frames that libjpeg decodes
+SOS, EOI = 0xDA, 0xD9  # the start of a scan, the end
 # A marker: no stuffed byte (00), fill byte (FF), restart within a scan (D0 to D7) or TEM (01), which have no length.
 MARKER = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
+# What a picture that is to be turned cannot do without: in EXIF, of either byte order, tag 0x0112 and a type, if not
+# with one short number that is 0 or 1; in XMP the name.
+TURNED = re.compile(
+    rb"(?s)\x12\x01(?!\x03\0\x01\0\0\0[\0\x01]\0).\0|\x01\x12(?!\0\x03\0\0\0\x01\0[\0\x01])\0|Orientation"
+)
 
 
 def segments(contents: bytes) -> Iterator[tuple[int, int]]:
@@ -33,15 +40,27 @@ def check_scans(contents: bytes) -> None:
             raise ValueError(f"{scans} scans, more than the limit of {MAX_SCANS}")
 
 
-def picture_size(head: bytes) -> tuple[int, int] | None:
-    """(width, height) by the segments before the first scan; None where they cannot be followed or decoded."""
-    sides = None
+class Header(NamedTuple):
+    """What the segments before the first scan say. plain: grey or colour, all in one scan, and not to be turned."""
+
+    width: int
+    height: int
+    plain: bool
+
+
+def header(head: bytes) -> Header | None:
+    """The header of a JPEG of which these are the first bytes; None where it cannot be followed or decoded."""
+    frame, baseline = b"", False
     for marker, at in segments(head):
-        if marker == SOS:
-            return sides
-        if marker in SOF and at + 8 <= len(head):
-            bits, height, width, channels = struct.unpack_from(">BHHB", head, at + 2)
-            sides = (width, height) if bits == 8 and channels in (1, 3, 4) and width and height else None
+        if marker in SOF:
+            frame, baseline = head[at + 2 : at + 8], marker != PROGRESSIVE
+        if marker == SOS and len(frame) == 6:
+            bits, height, width, channels = struct.unpack(">BHHB", frame)
+            if bits != 8 or channels not in (1, 3, 4) or not (width and height):
+                return None
+            # Of a baseline picture whose first scan has all channels libjpeg reads that scan and refuses any other.
+            one_scan = baseline and head[at + 2 : at + 3] == bytes([channels])
+            return Header(width, height, one_scan and channels != 4 and not TURNED.search(head, 0, at))
     return None
 
 
@@ -53,5 +72,5 @@ def decode(contents: bytes) -> np.ndarray | None:
     """
     try:
         return simplejpeg.decode_jpeg(contents, strict=True)
-    except ValueError:
+    except (ValueError, MemoryError):
         return None

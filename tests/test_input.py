@@ -1,6 +1,7 @@
 """The way from a JPEG file to the network's input: the same pixels as by Pillow, the same numbers as by plain steps."""
 
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import tensorflow as tf
 from PIL import Image, ImageOps
 
 import data
-from dataset import jpeg
+from dataset import images, jpeg
 from dataset.images import ImageError, decode_image
 from dataset.layouts import Examples
 from tools import benchmark_input
@@ -75,6 +76,76 @@ def test_orientation_of_a_colour_jpeg(orientation: int) -> None:
     pixels = decode_image(contents, "x")
     assert pixels.flags["C_CONTIGUOUS"]
     assert np.array_equal(pixels, by_pillow(contents))
+
+
+def entry(order: str, value: int, kind: str = "H") -> bytes:
+    """EXIF with one entry, the orientation; order: < or >; kind: H for a short number, L for a long one."""
+    number = struct.pack(order + kind, value).ljust(4, b"\0")
+    start = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "LH", 8, 1)
+    return b"Exif\0\0" + start + struct.pack(order + "HHL", ORIENTATION, 3 if kind == "H" else 4, 1) + number + bytes(4)
+
+
+def xmp(value: int) -> bytes:
+    return b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>' % value
+
+
+PLAIN: dict[str, dict] = {
+    "nothing else": {},
+    "other metadata": {
+        "exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0",
+        "comment": b"by hand",
+        "icc_profile": bytes(9000),
+    },
+    "upright, little-endian": {"exif": entry("<", 1)},
+    "upright, big-endian": {"exif": entry(">", 1)},
+    "no orientation, little-endian": {"exif": entry("<", 0)},
+    "no orientation, big-endian": {"exif": entry(">", 0)},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", PLAIN.values(), ids=PLAIN)
+def test_plain_jpegs_have_pillows_bits_without_pillow(
+    mode: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = encode(photograph(35, 50), mode, **options)
+    assert jpeg.header(contents) == (50, 35, True)
+    monkeypatch.setattr(images, "_open_image", lambda *_: pytest.fail("by Pillow"))
+    assert np.array_equal(decode_image(contents, "x"), by_pillow(contents))
+
+
+TURNED = {
+    f"{kind} {order} {value}": {"exif": entry(order, value, kind)}
+    for kind in "HL"
+    for order in "<>"
+    for value in (3, 6)
+}
+TURNED |= {"in XMP": {"xmp": xmp(6)}, "in XMP, upright in EXIF": {"xmp": xmp(6), "exif": entry("<", 0)}}
+
+
+@pytest.mark.parametrize("options", TURNED.values(), ids=TURNED)
+def test_turned_jpegs_are_turned_as_by_pillow(options: dict) -> None:
+    contents = encode(photograph(24, 40), **options)
+    header = jpeg.header(contents)
+    assert header is not None
+    assert not header.plain
+    assert np.array_equal(decode_image(contents, "x"), by_pillow(contents))
+
+
+def test_jpegs_of_several_scans_and_cmyk_are_not_plain() -> None:
+    contents = encode(photograph(24, 40))
+    scan = contents.index(b"\xff\xda")
+    for other in (
+        encode(photograph(24, 40), progressive=True),
+        encode(photograph(24, 40), "CMYK"),
+        contents[: scan + 4] + b"\1" + contents[scan + 5 :],  # a first scan of one channel
+    ):
+        header = jpeg.header(other)
+        assert header is not None
+        assert header == (40, 24, False)
+    assert jpeg.header(contents[:scan]) is None
+    with pytest.raises(ImageError, match=r"3001 scans, more than the limit of 200"):
+        decode_image(contents[:-2] + contents[scan:-2] * 3000 + contents[-2:], "x")
 
 
 def test_odd_jpegs_are_left_to_pillow() -> None:

@@ -1,5 +1,6 @@
 """From JPEG files to the network's input, and what it replaces: the candidates of `tools.benchmark input`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,14 +39,19 @@ def in_threads(read: Callable[[str], np.ndarray], paths: Sequence[str]) -> int:
 
 
 def candidates(paths: Sequence[str]) -> dict[str, Callable[[], int]]:
-    """{way: a function that takes all the files, JPEGs, through it once and returns their number}."""
+    """{way: a function that takes all the files, JPEGs, through it once and returns their number}.
+
+    The pipelines are built here, since a run builds its own once and not for every few hundred images.
+    """
     load = data.image_loader(Examples(tuple(paths), np.zeros(len(paths), np.int64)), SPEC, view_seed=1)
     positions = tf.data.Dataset.range(len(paths)).map(lambda index: (index, tf.constant(0, tf.int64)))
     files = tf.data.Dataset.from_tensor_slices(list(paths))
-    return {
-        PUBLISHED: lambda: count(files.map(published).batch(BATCH)),
-        "published, parallel calls": lambda: count(files.map(published, num_parallel_calls=cores()).batch(BATCH)),
-        "ours": lambda: count(load(positions, BATCH).map(lambda x, _: x)),
+    pipelines = {
+        PUBLISHED: files.map(published).batch(BATCH),
+        "published, parallel calls": files.map(published, num_parallel_calls=cores()).batch(BATCH),
+        "ours": load(positions, BATCH).map(lambda x, _: x),
+    }
+    return {name: functools.partial(count, batches) for name, batches in pipelines.items()} | {
         "ours, reading alone": lambda: in_threads(images.read_image, paths),
         "libjpeg-turbo alone": lambda: in_threads(lambda path: simplejpeg.decode_jpeg(Path(path).read_bytes()), paths),
     }
