@@ -20,6 +20,9 @@ from replicas import ALL, Share
 AUGMENTATIONS = ("flip", "rotate", "shear", "zoom", "color")
 CENTRAL_VIEW = -1  # the view of validation and inference; views 0, 1, 2, ... are random crops
 
+# For functions that `tf.data` calls: they need no rewriting by AutoGraph, which takes time and leaves files in /tmp.
+traced = tf.autograph.experimental.do_not_convert
+
 # (positions, batch size) -> dataset of (x [B, ...], index [B]); positions are (index, view) pairs of int64 scalars.
 Load = Callable[[tf.data.Dataset, int], tf.data.Dataset]
 
@@ -127,6 +130,7 @@ def image_loader(examples: Examples, spec: Preprocessing, view_seed: int) -> Loa
     """
     paths = tf.constant([os.fsencode(path) for path in examples.paths])
 
+    @traced
     def load_one(index: tf.Tensor, view: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         # Python reads the file since it must read every format; decoding leaves the interpreter free to do the next.
         image = tf.numpy_function(_read, [tf.gather(paths, index)], tf.uint8, stateful=False)
@@ -174,6 +178,7 @@ class Order:
         seed = tf.stack([tf.constant(self.seed, tf.int64), epoch])
         key = tf.random.stateless_uniform([3], seed, None, None, tf.uint32)
 
+        @traced
         def position(place: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             return tf.raw_ops.RandomIndexShuffle(index=place, seed=key, max_index=last, rounds=8), view
 
@@ -196,6 +201,7 @@ def train_batches(load: Load, labels: np.ndarray, order: Order, first_step: int,
     first_epoch, within = divmod(first_step, order.epoch_steps)
     first_start = within * order.batch_size
 
+    @traced
     def epoch_batches(epoch: tf.Tensor) -> tf.data.Dataset:
         start = tf.where(epoch == first_epoch, tf.constant(first_start, tf.int64), tf.constant(0, tf.int64))
         positions = order.positions(epoch, start)
@@ -215,7 +221,7 @@ def ordered_batches(
     Of a `share` of the examples alone where one is given; without an example it is one empty batch.
     """
     first, end = share.bounds(len(labels))
-    positions = tf.data.Dataset.range(first, end).map(lambda index: (index, tf.constant(view, tf.int64)))
+    positions = tf.data.Dataset.range(first, end).map(traced(lambda index: (index, tf.constant(view, tf.int64))))
     batches = load(positions, batch_size)
     return _with_labels(batches if first < end else batches.concatenate(_empty_batch(batches)), labels)
 
@@ -223,6 +229,7 @@ def ordered_batches(
 def _load_share(load: Load, positions: tf.data.Dataset, order: Order) -> tf.data.Dataset:
     """Batches (x of `order.share`, indices of the whole step): `positions` of an epoch from a step on, cut unread."""
 
+    @traced
     def cut(indices: tf.Tensor, views: tf.Tensor) -> tf.data.Dataset:
         first, end = order.share.bounds(tf.size(indices))
         return tf.data.Dataset.from_tensor_slices((indices[first:end], views[first:end]))
@@ -234,7 +241,7 @@ def _load_share(load: Load, positions: tf.data.Dataset, order: Order) -> tf.data
     last_first, last_end = order.share.bounds(order.count - (order.epoch_steps - 1) * order.batch_size)
     if last_first == last_end:
         ours = ours.concatenate(_empty_batch(ours))
-    return tf.data.Dataset.zip(ours, steps).map(lambda of_share, of_step: (of_share[0], of_step[0]))
+    return tf.data.Dataset.zip(ours, steps).map(traced(lambda of_share, of_step: (of_share[0], of_step[0])))
 
 
 def _empty_batch(batches: tf.data.Dataset) -> tf.data.Dataset:
@@ -247,4 +254,4 @@ def _empty_batch(batches: tf.data.Dataset) -> tf.data.Dataset:
 
 def _with_labels(batches: tf.data.Dataset, labels: np.ndarray) -> tf.data.Dataset:
     table = tf.constant(labels, tf.int64)
-    return batches.map(lambda x, indices: (x, tf.gather(table, indices), indices)).prefetch(2)
+    return batches.map(traced(lambda x, indices: (x, tf.gather(table, indices), indices))).prefetch(2)

@@ -163,6 +163,7 @@ class Cache:
                 x[place] = np.frombuffer(values, self.dtype).reshape(self.shape)
             return x
 
+        @data.traced
         def load_batch(indices: tf.Tensor, views: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             x = tf.numpy_function(read, [indices, views], tf.float32, stateful=False)
             return tf.ensure_shape(x, [None, *self.shape]), indices
@@ -208,7 +209,8 @@ def fill(caches: Sequence[Cache], images: data.Load, stop: StopSignals, worker: 
                 continue
             forward = _activations(model, [(cache.stage, cache.pooled) for cache, _ in unfinished])
             done = min(part.done for _, part in unfinished)
-            positions = tf.data.Dataset.range(done, len(examples)).map(lambda i: (i, tf.constant(view, tf.int64)))  # noqa: B023
+            every = tf.data.Dataset.range(done, len(examples))
+            positions = every.map(data.traced(lambda i: (i, tf.constant(view, tf.int64))))  # noqa: B023
             batches = images(positions, BATCH_SIZE).prefetch(2)
             with progress_bar(len(examples), done, f"caching view {view}" if view >= 0 else "caching") as bar:
                 for x, _ in batches:
