@@ -17,7 +17,8 @@ MOST_PAIRS = 20_000_000  # pairs of near-duplicates that are listed: more would 
 SAMPLE = 4096  # images whose distances set the threshold of near-duplicates
 NEIGHBOUR = 5  # whose distances are taken: not the nearest, which are copies where most images have one or some
 DUPLICATE_DEVIATIONS = 7.0  # so many, since the nearest of distinct images lies some nearer than the fifth
-OUTLIER_DEVIATIONS = 4.0
+OUTLIER_DEVIATIONS = 2.5
+NEIGHBOURS = 10  # copies of an outlier, up to nine, do not hide it
 FEWEST = 10  # images that a distribution is taken from
 EXACT = 1 - 1e-5  # cosine of features that differ by rounding only
 THUMBNAIL = 12  # side in pixels
@@ -67,38 +68,45 @@ def robust_limits(distances: np.ndarray, deviations: float) -> tuple[float, floa
     return float(np.exp(middle - reach)), float(np.exp(middle + reach))
 
 
-def kth_distance(
+def nearest(
     queries: np.ndarray,
     references: np.ndarray,
     k: int,
     *,
     skip_self: bool = False,
     each: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """The distance of each query to its k-th nearest reference, float32 [Q]; the score of Sun et al. 2022.
-
-    "Out-of-Distribution Detection with Deep Nearest Neighbors" (arXiv 2204.06507), equation 2.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The distance of each query to its k-th nearest reference, float32 [Q], and its k nearest, rows int64 [Q, k].
 
     Args:
         queries: [Q, D]; references: [N, D]; both are scaled to length 1.
-        k: from 1; the last reference where there are fewer.
+        k: from 1; where there are fewer references, all of them.
         skip_self: the queries are the references, and none is its own neighbour.
         each: called with the number of queries after every block; it may raise to stop.
     """
     most = len(references) - skip_self
     if most < 1 or k < 1:
         raise ValueError(f"no neighbour number {k} among {most} references")
-    distances = [np.zeros(0, np.float32)]
+    position = len(references) - min(k, most)
+    distances, rows = [np.zeros(0, np.float32)], [np.zeros((0, min(k, most)), np.int64)]
     for start, similarity in _similarities(unit_length(queries), unit_length(references)):
+        of_block = np.arange(len(similarity))
         if skip_self:
-            rows = np.arange(len(similarity))
-            similarity[rows, start + rows] = -np.inf
-        position = similarity.shape[1] - min(k, most)
-        kth = np.partition(similarity, position, axis=1)[:, position]
-        distances.append(_distance(kth))
+            similarity[of_block, start + of_block] = -np.inf
+        order = np.argpartition(similarity, position, axis=1)[:, position:]  # the k-th nearest is the first
+        distances.append(_distance(similarity[of_block, order[:, 0]]))
+        rows.append(order)
         if each:
             each(len(similarity))
-    return np.concatenate(distances)
+    return np.concatenate(distances), np.concatenate(rows)
+
+
+def kth_distance(queries: np.ndarray, references: np.ndarray, k: int) -> np.ndarray:
+    """The distance of each query to its k-th nearest reference, float32 [Q]: the score of Sun et al. 2022.
+
+    "Out-of-Distribution Detection with Deep Nearest Neighbors" (arXiv 2204.06507), equation 2.
+    """
+    return nearest(queries, references, k)[0]
 
 
 def unknown_threshold(distances: np.ndarray, rate: float) -> float:
@@ -118,18 +126,32 @@ def unknown_threshold(distances: np.ndarray, rate: float) -> float:
     return float(np.sort(distances)[rank - 1])
 
 
-def find_outliers(features: np.ndarray, k: int = 5, deviations: float = OUTLIER_DEVIATIONS) -> tuple[np.ndarray, float]:
-    """Images far from all others, whatever their class: rows int64, the farthest first, and the least such distance.
+def outlier_scores(features: np.ndarray, labels: np.ndarray, class_count: int) -> np.ndarray:
+    """How far each image is from all others, as a multiple of what is far in its class, float32 [N]: outliers exceed 1.
 
-    Far is a distance to the k-th nearest other image beyond the upper of `robust_limits`: k - 1 copies of an outlier
-    do not hide it. Features are [N, D]; among fewer than `FEWEST` images there is none.
+    The distance to the `NEIGHBOURS`-th nearest other image, whatever its class, divided by the larger of two limits:
+    of the class that the image is labelled with, and of the class that most of its neighbours have. A class's limit is
+    the upper of `robust_limits` of such distances, over the images that have it by label or by their neighbours. One
+    limit for all would be too large for a class of similar images, and too small for a varied one. Two, since a wrong
+    label makes no outlier, nor does a class of few images.
+
+    Features are [N, D]; labels are integers [N]. Among fewer than `FEWEST` images there is no outlier.
     """
     if len(features) < FEWEST:
-        return np.zeros(0, np.int64), math.inf
-    distances = kth_distance(features, features, k, skip_self=True)
-    limit = robust_limits(distances, deviations)[1]
-    rows = np.flatnonzero(distances > limit)
-    return rows[np.argsort(-distances[rows], kind="stable")], limit
+        return np.zeros(len(features), np.float32)
+    distances, rows = nearest(features, features, NEIGHBOURS, skip_self=True)
+    votes = np.zeros((len(features), class_count), np.int64)
+    np.add.at(votes, (np.arange(len(features))[:, None], labels[rows]), 1)
+    limits = [_class_limits(distances, of_class, class_count)[of_class] for of_class in (labels, votes.argmax(axis=1))]
+    return (distances / np.maximum(*limits)).astype(np.float32)
+
+
+def _class_limits(distances: np.ndarray, of_class: np.ndarray, class_count: int) -> np.ndarray:
+    """The distance that is far in each class, float64 [C]; in one of fewer than `FEWEST` images: far in all."""
+    limits = np.full(class_count, robust_limits(distances, OUTLIER_DEVIATIONS)[1])
+    for c in np.flatnonzero(np.bincount(of_class, minlength=class_count) >= FEWEST):
+        limits[c] = robust_limits(distances[of_class == c], OUTLIER_DEVIATIONS)[1]
+    return limits
 
 
 def near_duplicates(

@@ -177,7 +177,9 @@ def draw_strengths(path: str | os.PathLike[str], lines: Iterable[Any]) -> None:
     points = [point for point in solved[-1]["out_of_fold"] if isinstance(point, dict)]
     figure = Figure((8.0, 5.0), dpi=DPI, layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
-    for axes, key, label, colour in zip(panels, ("log_loss", "accuracy"), ("loss", "accuracy"), (BLUE, ORANGE), strict=True):
+    for axes, key, label, colour in zip(
+        panels, ("log_loss", "accuracy"), ("loss", "accuracy"), (BLUE, ORANGE), strict=True
+    ):
         axes.errorbar(_column(points, "strength"), _column(points, key), _column(points, f"{key}_error"),
                       color=colour, marker=".", capsize=3, linewidth=1.4)  # fmt: skip
         axes.axvline(number(solved[-1], "strength"), color="red", linestyle="--", label="chosen")

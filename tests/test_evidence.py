@@ -152,15 +152,17 @@ def test_kth_distances_are_scikit_learns(block, monkeypatch):
     expected = theirs.kneighbors(scaled[1])[0]
     done: list[int] = []
     assert neighbours.kth_distance(3 * queries, references, 1) == pytest.approx(expected[:, 0], abs=1e-3)
-    assert neighbours.kth_distance(queries, references, 4, each=done.append) == pytest.approx(expected[:, 3], abs=1e-3)
+    fourth, rows = neighbours.nearest(queries, references, 4, each=done.append)
+    assert fourth == pytest.approx(expected[:, 3], abs=1e-3)
+    assert np.sort(rows).tolist() == np.sort(theirs.kneighbors(scaled[1])[1]).tolist()
     assert sum(done) == 20
-    own = neighbours.kth_distance(references, references, 3, skip_self=True)
+    own = neighbours.nearest(references, references, 3, skip_self=True)[0]
     assert own == pytest.approx(theirs.kneighbors(scaled[0])[0][:, 3], abs=1e-3)
     assert neighbours.kth_distance(queries, references[:2], 9) == pytest.approx(
         neighbours.kth_distance(queries, references[:2], 2)
     )
     with pytest.raises(ValueError, match="among 0 references"):
-        neighbours.kth_distance(references[:1], references[:1], 1, skip_self=True)
+        neighbours.nearest(references[:1], references[:1], 1, skip_self=True)
 
 
 def test_a_threshold_that_known_images_exceed_at_the_rate():
@@ -243,17 +245,46 @@ def test_distinct_images_have_no_duplicates_and_few_images_no_statistics():
     assert len(neighbours.near_duplicates(directions(300)).pairs) == 0
     for count in range(3):
         assert len(neighbours.near_duplicates(directions(count)).pairs) == 0
-        assert len(neighbours.find_outliers(directions(count))[0]) == 0
+        assert not neighbours.outlier_scores(directions(count), np.zeros(count, np.int64), 2).any()
     assert neighbours.duplicate_groups(np.zeros((0, 2), np.int64), 3) == []
 
 
-def test_planted_outliers_are_found():
-    x = directions(300)
-    x[[7, 100, 101]] = np.eye(24, dtype=np.float32)[[0, 5, 5]]  # two of them are copies of each other
-    rows, limit = neighbours.find_outliers(x)
-    assert sorted(rows) == [7, 100, 101]
-    distances = neighbours.kth_distance(x, x, 5, skip_self=True)
-    assert distances[rows].tolist() == sorted(distances[distances > limit], reverse=True)
+def clusters(seed=0):
+    """Features of two classes, 150 images each, the first five times as narrow as the second, and their labels."""
+    rng, labels = np.random.default_rng(seed), np.repeat([0, 1], 150)
+    centres, spreads = rng.uniform(0, 1, (2, 24)), np.array([0.05, 0.25])
+    return (centres[labels] + spreads[labels, None] * rng.normal(0, 1, (300, 24))).astype(np.float32), labels
+
+
+def test_an_outlier_is_far_for_its_class():
+    x, labels = clusters()
+    scores = neighbours.outlier_scores(x, labels, 2)
+    assert (scores > 1).mean() < 0.03
+    planted = [7, 100, 101, 200]  # the second and third are copies of each other
+    x[planted] = np.eye(24, dtype=np.float32)[[0, 5, 5, 9]]
+    x[50] = x[0] + np.float32(0.2) * np.random.default_rng(1).normal(0, 1, 24)  # usual among the second class only
+    scores = neighbours.outlier_scores(x, labels, 2)
+    assert (scores[[*planted, 50]] > 1).all()
+    assert (np.delete(scores, [*planted, 50]) > 1).mean() < 0.03
+    one_limit = neighbours.outlier_scores(x, 0 * labels, 2)
+    assert not (one_limit > 1).any()  # two spreads in one class: nothing is far
+    distances = neighbours.nearest(x, x, neighbours.NEIGHBOURS, skip_self=True)[0]
+    limit = neighbours.robust_limits(distances, neighbours.OUTLIER_DEVIATIONS)[1]
+    assert one_limit == pytest.approx(distances / limit)
+
+
+def test_neither_a_wrong_label_nor_a_class_of_few_images_makes_an_outlier():
+    x, labels = clusters()
+    expected = neighbours.outlier_scores(x, labels, 3)
+    wrong = labels.copy()
+    wrong[[3, 170, 180]] = [1, 0, 0]  # with one image of each class, near its middle
+    near = [i for i in (3, 170, 180) if expected[i] < 0.9]
+    assert len(near) >= 2
+    assert (neighbours.outlier_scores(x, wrong, 3)[near] < 1).all()
+    few = np.full((5, 24), 0.5, np.float32) * np.arange(1, 25, dtype=np.float32) / 24
+    few += np.float32(0.05) * np.random.default_rng(2).normal(0, 1, few.shape).astype(np.float32)
+    scores = neighbours.outlier_scores(np.concatenate([x, few]), np.append(labels, [2] * 5), 3)
+    assert (scores[300:] > 1).sum() == 0
 
 
 def answers(both, first, second, neither):
