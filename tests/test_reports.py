@@ -426,7 +426,7 @@ def test_the_path_of_strengths_shows_errors_and_the_chosen_one(figures, tmp_path
     point = {"log_loss_error": 0.1, "accuracy_error": 0.01}
     path = [{"strength": 10.0**-i, "log_loss": 2.0 / (i + 1), "accuracy": 0.5 + i / 10, **point} for i in range(4)]
     solved = {"step": 20, "split": "train", "strength": 1e-2, "out_of_fold": path}
-    odd = [{"step": 30, "split": "train", "out_of_fold": value} for value in (3, [], None)]
+    odd: list[object] = [{"step": 30, "split": "train", "out_of_fold": value} for value in (3, "", None)]
     pictures.draw_strengths("unused", [*records_of(range(5, 21, 5)), *odd, solved])
     loss, accuracy = figures[0].axes
     assert loss.lines[0].get_ydata() == pytest.approx([2, 1, 2 / 3, 0.5])
