@@ -101,16 +101,21 @@ def nearest(
     return np.concatenate(distances), np.concatenate(rows)
 
 
-def kth_distance(queries: np.ndarray, references: np.ndarray, k: int) -> np.ndarray:
-    """The distance of each query to its k-th nearest reference, float32 [Q]: the score of Sun et al. 2022.
+def strangeness(queries: np.ndarray, references: np.ndarray, spreads: np.ndarray, k: int) -> np.ndarray:
+    """How unlike the references each query is, float32 [Q]: d / sqrt(mean of the spreads of its k nearest references).
 
-    "Out-of-Distribution Detection with Deep Nearest Neighbors" (arXiv 2204.06507), equation 2.
+    d is the distance to the k-th nearest reference, the score of Sun et al. 2022, "Out-of-Distribution Detection with
+    Deep Nearest Neighbors" (arXiv 2204.06507), equation 2. `spreads` [N] are the references' own such distances among
+    each other. d alone overlooks what lies near a class of similar images, where every known image is much nearer.
+    d / spread, the ratio of Breunig et al. 2000, "LOF: Identifying Density-Based Local Outliers", overlooks what lies
+    near a varied class. The square root takes half of each; measured in docs/results.md.
     """
-    return nearest(queries, references, k)[0]
+    distances, rows = nearest(queries, references, k)
+    return distances / np.sqrt(np.maximum(spreads[rows].mean(axis=1), 1e-6))
 
 
-def unknown_threshold(distances: np.ndarray, rate: float) -> float:
-    """The distance that a known image exceeds with a probability of at most `rate`, from those of held-out known ones.
+def unknown_threshold(scores: np.ndarray, rate: float) -> float:
+    """The score that a known image exceeds with a probability of at most `rate`, from those of held-out known ones.
 
     The ceil((N + 1) (1 - rate))-th smallest: split conformal prediction (Vovk et al. 2005), which holds for any
     distribution, and is N * rate of the N themselves, rounded down.
@@ -119,11 +124,11 @@ def unknown_threshold(distances: np.ndarray, rate: float) -> float:
     """
     if not 0 < rate < 1:
         raise ValueError(f"the rate must lie between 0 and 1, got {rate}")
-    rank = math.ceil((len(distances) + 1) * (1 - rate) - 1e-9)
-    if rank > len(distances):
+    rank = math.ceil((len(scores) + 1) * (1 - rate) - 1e-9)
+    if rank > len(scores):
         needed = math.ceil(1 / rate - 1 - 1e-9)
-        raise ValueError(f"a rate of {rate:g} takes {needed} held-out images or more, got {len(distances)}")
-    return float(np.sort(distances)[rank - 1])
+        raise ValueError(f"a rate of {rate:g} takes {needed} held-out images or more, got {len(scores)}")
+    return float(np.sort(scores)[rank - 1])
 
 
 def outlier_scores(features: np.ndarray, labels: np.ndarray, class_count: int) -> np.ndarray:

@@ -151,16 +151,15 @@ def test_kth_distances_are_scikit_learns(block, monkeypatch):
     theirs = NearestNeighbors(n_neighbors=4, algorithm="brute").fit(scaled[0])
     expected = theirs.kneighbors(scaled[1])[0]
     done: list[int] = []
-    assert neighbours.kth_distance(3 * queries, references, 1) == pytest.approx(expected[:, 0], abs=1e-3)
+    assert neighbours.nearest(3 * queries, references, 1)[0] == pytest.approx(expected[:, 0], abs=1e-3)
     fourth, rows = neighbours.nearest(queries, references, 4, each=done.append)
     assert fourth == pytest.approx(expected[:, 3], abs=1e-3)
     assert np.sort(rows).tolist() == np.sort(theirs.kneighbors(scaled[1])[1]).tolist()
     assert sum(done) == 20
     own = neighbours.nearest(references, references, 3, skip_self=True)[0]
     assert own == pytest.approx(theirs.kneighbors(scaled[0])[0][:, 3], abs=1e-3)
-    assert neighbours.kth_distance(queries, references[:2], 9) == pytest.approx(
-        neighbours.kth_distance(queries, references[:2], 2)
-    )
+    both, two = (neighbours.nearest(queries, references[:2], k)[0] for k in (9, 2))
+    assert both == pytest.approx(two)
     with pytest.raises(ValueError, match="among 0 references"):
         neighbours.nearest(references[:1], references[:1], 1, skip_self=True)
 
@@ -271,6 +270,21 @@ def test_an_outlier_is_far_for_its_class():
     distances = neighbours.nearest(x, x, neighbours.NEIGHBOURS, skip_self=True)[0]
     limit = neighbours.robust_limits(distances, neighbours.OUTLIER_DEVIATIONS)[1]
     assert one_limit == pytest.approx(distances / limit)
+
+
+def test_strangeness_sees_what_is_near_a_class_of_similar_images():
+    x, labels = clusters()
+    rng = np.random.default_rng(1)
+    known = x + 0.3 * np.array([0.05, 0.25])[labels, None] * rng.normal(0, 1, x.shape)
+    strange = x[:50] + 0.2 * rng.normal(0, 1, (50, 24))  # usual in the second class, far for the first
+    spreads = neighbours.nearest(x, x, 10, skip_self=True)[0]
+
+    def found(score):
+        limit = neighbours.unknown_threshold(score(known), 0.05)
+        return (score(strange) > limit).mean()
+
+    assert found(lambda queries: neighbours.strangeness(queries, x, spreads, 10)) > 0.9
+    assert found(lambda queries: neighbours.nearest(queries, x, 10)[0]) == 0.0
 
 
 def test_neither_a_wrong_label_nor_a_class_of_few_images_makes_an_outlier():
