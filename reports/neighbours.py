@@ -17,7 +17,8 @@ MOST_PAIRS = 20_000_000  # pairs of near-duplicates that are listed: more would 
 SAMPLE = 4096  # images whose distances set the threshold of near-duplicates
 NEIGHBOUR = 5  # whose distances are taken: not the nearest, which are copies where most images have one or some
 DUPLICATE_DEVIATIONS = 7.0  # so many, since the nearest of distinct images lies some nearer than the fifth
-OUTLIER_DEVIATIONS = 2.5
+OUTLIER_DEVIATIONS = 4.0
+OUTLIER_SHARE = 0.01  # of all images: what a person can look at
 NEIGHBOURS = 10  # copies of an outlier, up to nine, do not hide it
 FEWEST = 10  # images that a distribution is taken from
 EXACT = 1 - 1e-5  # cosine of features that differ by rounding only
@@ -131,32 +132,21 @@ def unknown_threshold(scores: np.ndarray, rate: float) -> float:
     return float(np.sort(scores)[rank - 1])
 
 
-def outlier_scores(features: np.ndarray, labels: np.ndarray, class_count: int) -> np.ndarray:
-    """How far each image is from all others, as a multiple of what is far in its class, float32 [N]: outliers exceed 1.
+def find_outliers(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images farthest from all others: rows int64, the farthest first; and every image's distance, float32 [N].
 
-    The distance to the `NEIGHBOURS`-th nearest other image, whatever its class, divided by the larger of two limits:
-    of the class that the image is labelled with, and of the class that most of its neighbours have. A class's limit is
-    the upper of `robust_limits` of such distances, over the images that have it by label or by their neighbours. One
-    limit for all would be too large for a class of similar images, and too small for a varied one. Two, since a wrong
-    label makes no outlier, nor does a class of few images.
-
-    Features are [N, D]; labels are integers [N]. Among fewer than `FEWEST` images there is no outlier.
+    The distance is that to the `NEIGHBOURS`-th nearest other image, whatever its class. Listed are the farthest
+    `OUTLIER_SHARE` of all, and those beyond the upper of `robust_limits` where they are more. A limit alone fails:
+    where some classes are more varied than others, it lies beyond every image, while images of something else are still
+    among the farthest; limits of each class were measured to find fewer of them. Features are [N, D]; among fewer than
+    `FEWEST` images there is no outlier.
     """
     if len(features) < FEWEST:
-        return np.zeros(len(features), np.float32)
-    distances, rows = nearest(features, features, NEIGHBOURS, skip_self=True)
-    votes = np.zeros((len(features), class_count), np.int64)
-    np.add.at(votes, (np.arange(len(features))[:, None], labels[rows]), 1)
-    limits = [_class_limits(distances, of_class, class_count)[of_class] for of_class in (labels, votes.argmax(axis=1))]
-    return (distances / np.maximum(*limits)).astype(np.float32)
-
-
-def _class_limits(distances: np.ndarray, of_class: np.ndarray, class_count: int) -> np.ndarray:
-    """The distance that is far in each class, float64 [C]; in one of fewer than `FEWEST` images: far in all."""
-    limits = np.full(class_count, robust_limits(distances, OUTLIER_DEVIATIONS)[1])
-    for c in np.flatnonzero(np.bincount(of_class, minlength=class_count) >= FEWEST):
-        limits[c] = robust_limits(distances[of_class == c], OUTLIER_DEVIATIONS)[1]
-    return limits
+        return np.zeros(0, np.int64), np.zeros(len(features), np.float32)
+    distances = nearest(features, features, NEIGHBOURS, skip_self=True)[0]
+    beyond = int((distances > robust_limits(distances, OUTLIER_DEVIATIONS)[1]).sum())
+    count = max(beyond, math.ceil(OUTLIER_SHARE * len(features)))
+    return np.argsort(-distances, kind="stable")[:count], distances
 
 
 def near_duplicates(

@@ -34,7 +34,7 @@ class Images:
 class Findings:
     """What is worth a look. Rows of `Images`; the worst first, and groups across splits or classes before others.
 
-    distances: float32 [N], of every image, as a multiple of what is far in its class: more than 1 makes an outlier.
+    distances: float32 [N], of every image to its `neighbours.NEIGHBOURS`-th nearest; those of outliers are the largest.
     """
 
     accuracy: float
@@ -124,10 +124,8 @@ def find(images: Images, features: np.ndarray, groups: np.ndarray, seed: int, st
     except ValueError as error:
         raise UserError(f"{images.root}: too many images are alike: {error}") from None
     copies = neighbours.duplicate_groups(duplicates.pairs, len(images.paths))
-    of_image = mean_by_image(features, groups)
-    distances = neighbours.outlier_scores(of_image, images.labels, len(images.class_names))
-    outliers = np.flatnonzero(distances > 1)
-    outliers = outliers[np.argsort(-distances[outliers], kind="stable")]
+    # The head's features are square roots. Squared they are the pooled activations again, which tell strangers better.
+    outliers, distances = neighbours.find_outliers(mean_by_image(features**2, groups))
     groups_worst_first = sorted(copies, key=lambda rows: -severity(images, rows))
     return Findings(best.accuracy, best.accuracy_error, issues, duplicates, groups_worst_first, outliers, distances)
 

@@ -33,7 +33,7 @@ def write_pages(folder: Path, data: str, images: Images, found: Findings) -> Pat
         for i in found.issues[:SHOWN]
     ]
     outliers = [
-        (int(i), f"{names[images.labels[i]]}\ndistance {found.distances[i]:.2f}\n{one_line(images.names[i])}")
+        (int(i), f"{names[images.labels[i]]}\ndistance {found.distances[i]:.3f}\n{one_line(images.names[i])}")
         for i in found.outliers[:SHOWN]
     ]
     columns = min(COLUMNS, max(map(len, found.groups[:GROUPS_SHOWN]), default=1))
@@ -54,12 +54,12 @@ def write_pages(folder: Path, data: str, images: Images, found: Findings) -> Pat
         f"of several classes. In 12 × 12 pixels their similarity is {found.duplicates.threshold:.4f} or more.</p>",
         *_sheet(folder / "duplicates.png", images, copies, len(found.groups) - GROUPS_SHOWN, columns),
         f"<h2>Outliers: {len(found.outliers)}</h2>",
-        "<p>The farthest first. The distance is that to the tenth nearest image, as a multiple of what is far in the "
-        "class.</p>",
+        "<p>The farthest first, by the distance to the tenth nearest image, whatever the class. One image in a hundred "
+        "is always listed: most of them are only unusual.</p>",
         *_sheet(folder / "outliers.png", images, outliers, len(found.outliers) - SHOWN),
         "<h2>The limits</h2>",
         "<p>Both come from the distances themselves: the median of their logarithms, and several times their usual "
-        "deviation from it; for outliers, in each class.</p>",
+        "deviation from it; or, for outliers, the farthest one in a hundred.</p>",
         figure(
             folder / "thresholds.png", "Histograms of the distances, with the limits of near-duplicates and outliers"
         ),
@@ -110,7 +110,8 @@ def draw_thresholds(path: Path, found: Findings) -> None:
     panels = [
         (np.sqrt(np.maximum(2 - 2 * nearest, 0)), np.sqrt(2 - 2 * threshold),
          "log", "distance to the nearest image, of 12 × 12 pixels", "near-duplicates: left of"),
-        (found.distances, 1.0, "linear", "distance to the tenth nearest image, by what is far", "outliers: right of"),
+        (found.distances, found.distances[found.outliers].min(initial=np.inf),
+         "linear", "distance to the tenth nearest image, of features", "outliers: from"),
     ]  # fmt: skip
     for axes, (distances, limit, scale, label, name) in zip(drawing.subplots(1, 2), panels, strict=True):
         values = np.maximum(np.asarray(distances, np.float64), 1e-3)  # exact copies at the left end of a log axis
