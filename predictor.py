@@ -87,7 +87,7 @@ class Predictor:
             p = (p_central + p_mirror + p_1 + ... + p_tta) / (tta + 2). None: the central view alone.
         calibrated: logits are divided by the temperature of the run, where it has one.
         heatmaps: each prediction has a `HeatMap` of the central view.
-        unknown_rate: an image is unknown where its features are farther from those of the training images than this
+        unknown_rate: an image is unknown where its features are less like those of the training images than this
             share of held-out known images are; see `training.known`.
 
     Raises UserError where the folder is no run or has no checkpoint, or keeps no features to tell unknown images by.
@@ -200,16 +200,16 @@ class Predictor:
 
 
 class _Known:
-    """The training features that a run keeps, and the distance to them beyond which an image is unknown."""
+    """The training features that a run keeps, and how unlike them an unknown image is."""
 
     def __init__(self, run: Run, rate: float):
-        from reports.neighbours import kth_distance, unknown_threshold  # SciPy: no other prediction waits for it
+        from reports.neighbours import strangeness, unknown_threshold  # SciPy: no other prediction waits for it
 
-        self._distance = kth_distance
+        self._score = strangeness
         try:
             with np.load(run.path / "known.npz", allow_pickle=False) as kept:
                 self._references, held_out = kept["references"].astype(np.float32), kept["held_out"]
-                self._neighbour = int(kept["neighbour"])
+                self._spreads, self._neighbour = kept["spreads"], int(kept["neighbour"])
         except FileNotFoundError:
             raise UserError(
                 f"{run.path} keeps no features to tell unknown images by: train one with --train-from head, the gap "
@@ -224,7 +224,7 @@ class _Known:
 
     def are_beyond(self, features: np.ndarray) -> np.ndarray:
         """Whether each of `features`, [B, C], is that of an unknown image, bool [B]."""
-        return np.asarray(self._distance(features, self._references, self._neighbour) > self._limit)
+        return np.asarray(self._score(features, self._references, self._spreads, self._neighbour) > self._limit)
 
 
 def _as_many(sources: Source | Iterable[Source]) -> Iterable[Source]:

@@ -18,6 +18,8 @@ SAMPLE = 4096  # images whose distances set the threshold of near-duplicates
 NEIGHBOUR = 5  # whose distances are taken: not the nearest, which are copies where most images have one or some
 DUPLICATE_DEVIATIONS = 7.0  # so many, since the nearest of distinct images lies some nearer than the fifth
 OUTLIER_DEVIATIONS = 4.0
+OUTLIER_SHARE = 0.01  # of all images: what a person can look at
+NEIGHBOURS = 10  # copies of an outlier, up to nine, do not hide it
 FEWEST = 10  # images that a distribution is taken from
 EXACT = 1 - 1e-5  # cosine of features that differ by rounding only
 THUMBNAIL = 12  # side in pixels
@@ -67,42 +69,54 @@ def robust_limits(distances: np.ndarray, deviations: float) -> tuple[float, floa
     return float(np.exp(middle - reach)), float(np.exp(middle + reach))
 
 
-def kth_distance(
+def nearest(
     queries: np.ndarray,
     references: np.ndarray,
     k: int,
     *,
     skip_self: bool = False,
     each: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """The distance of each query to its k-th nearest reference, float32 [Q]; the score of Sun et al. 2022.
-
-    "Out-of-Distribution Detection with Deep Nearest Neighbors" (arXiv 2204.06507), equation 2.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The distance of each query to its k-th nearest reference, float32 [Q], and its k nearest, rows int64 [Q, k].
 
     Args:
         queries: [Q, D]; references: [N, D]; both are scaled to length 1.
-        k: from 1; the last reference where there are fewer.
+        k: from 1; where there are fewer references, all of them.
         skip_self: the queries are the references, and none is its own neighbour.
         each: called with the number of queries after every block; it may raise to stop.
     """
     most = len(references) - skip_self
     if most < 1 or k < 1:
         raise ValueError(f"no neighbour number {k} among {most} references")
-    distances = [np.zeros(0, np.float32)]
+    position = len(references) - min(k, most)
+    distances, rows = [np.zeros(0, np.float32)], [np.zeros((0, min(k, most)), np.int64)]
     for start, similarity in _similarities(unit_length(queries), unit_length(references)):
+        of_block = np.arange(len(similarity))
         if skip_self:
-            rows = np.arange(len(similarity))
-            similarity[rows, start + rows] = -np.inf
-        position = similarity.shape[1] - min(k, most)
-        kth = np.partition(similarity, position, axis=1)[:, position]
-        distances.append(_distance(kth))
+            similarity[of_block, start + of_block] = -np.inf
+        order = np.argpartition(similarity, position, axis=1)[:, position:]  # the k-th nearest is the first
+        distances.append(_distance(similarity[of_block, order[:, 0]]))
+        rows.append(order)
         if each:
             each(len(similarity))
-    return np.concatenate(distances)
+    return np.concatenate(distances), np.concatenate(rows)
 
 
-def unknown_threshold(distances: np.ndarray, rate: float) -> float:
-    """The distance that a known image exceeds with a probability of at most `rate`, from those of held-out known ones.
+def strangeness(queries: np.ndarray, references: np.ndarray, spreads: np.ndarray, k: int) -> np.ndarray:
+    """How unlike the references each query is, float32 [Q]: d / sqrt(mean of the spreads of its k nearest references).
+
+    d is the distance to the k-th nearest reference, the score of Sun et al. 2022, "Out-of-Distribution Detection with
+    Deep Nearest Neighbors" (arXiv 2204.06507), equation 2. `spreads` [N] are the references' own such distances among
+    each other. d alone overlooks what lies near a class of similar images, where every known image is much nearer.
+    d / spread, the ratio of Breunig et al. 2000, "LOF: Identifying Density-Based Local Outliers", overlooks what lies
+    near a varied class. The square root takes half of each; measured in docs/results.md.
+    """
+    distances, rows = nearest(queries, references, k)
+    return distances / np.sqrt(np.maximum(spreads[rows].mean(axis=1), 1e-6))
+
+
+def unknown_threshold(scores: np.ndarray, rate: float) -> float:
+    """The score that a known image exceeds with a probability of at most `rate`, from those of held-out known ones.
 
     The ceil((N + 1) (1 - rate))-th smallest: split conformal prediction (Vovk et al. 2005), which holds for any
     distribution, and is N * rate of the N themselves, rounded down.
@@ -111,25 +125,28 @@ def unknown_threshold(distances: np.ndarray, rate: float) -> float:
     """
     if not 0 < rate < 1:
         raise ValueError(f"the rate must lie between 0 and 1, got {rate}")
-    rank = math.ceil((len(distances) + 1) * (1 - rate) - 1e-9)
-    if rank > len(distances):
+    rank = math.ceil((len(scores) + 1) * (1 - rate) - 1e-9)
+    if rank > len(scores):
         needed = math.ceil(1 / rate - 1 - 1e-9)
-        raise ValueError(f"a rate of {rate:g} takes {needed} held-out images or more, got {len(distances)}")
-    return float(np.sort(distances)[rank - 1])
+        raise ValueError(f"a rate of {rate:g} takes {needed} held-out images or more, got {len(scores)}")
+    return float(np.sort(scores)[rank - 1])
 
 
-def find_outliers(features: np.ndarray, k: int = 5, deviations: float = OUTLIER_DEVIATIONS) -> tuple[np.ndarray, float]:
-    """Images far from all others, whatever their class: rows int64, the farthest first, and the least such distance.
+def find_outliers(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images farthest from all others: rows int64, the farthest first; and every image's distance, float32 [N].
 
-    Far is a distance to the k-th nearest other image beyond the upper of `robust_limits`: k - 1 copies of an outlier
-    do not hide it. Features are [N, D]; among fewer than `FEWEST` images there is none.
+    The distance is that to the `NEIGHBOURS`-th nearest other image, whatever its class. Listed are the farthest
+    `OUTLIER_SHARE` of all, and those beyond the upper of `robust_limits` where they are more. A limit alone fails:
+    where some classes are more varied than others, it lies beyond every image, while images of something else are still
+    among the farthest; limits of each class were measured to find fewer of them. Features are [N, D]; among fewer than
+    `FEWEST` images there is no outlier.
     """
     if len(features) < FEWEST:
-        return np.zeros(0, np.int64), math.inf
-    distances = kth_distance(features, features, k, skip_self=True)
-    limit = robust_limits(distances, deviations)[1]
-    rows = np.flatnonzero(distances > limit)
-    return rows[np.argsort(-distances[rows], kind="stable")], limit
+        return np.zeros(0, np.int64), np.zeros(len(features), np.float32)
+    distances = nearest(features, features, NEIGHBOURS, skip_self=True)[0]
+    beyond = int((distances > robust_limits(distances, OUTLIER_DEVIATIONS)[1]).sum())
+    count = max(beyond, math.ceil(OUTLIER_SHARE * len(features)))
+    return np.argsort(-distances, kind="stable")[:count], distances
 
 
 def near_duplicates(

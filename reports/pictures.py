@@ -166,6 +166,33 @@ def draw_curves(path: str | os.PathLike[str], lines: Iterable[Any]) -> None:
     save_figure(figure, path)
 
 
+def draw_strengths(path: str | os.PathLike[str], lines: Iterable[Any]) -> None:
+    """Draws how the strength of the head's L2 penalty was chosen, from the lines of metrics.jsonl; none, no file.
+
+    Out-of-fold loss and accuracy ± their standard errors against each strength that was tried, and the chosen one.
+    """
+    solved = [r for r in usable_records(lines) if isinstance(r.get("out_of_fold"), list) and r["out_of_fold"]]
+    if not solved:
+        return
+    points = [point for point in solved[-1]["out_of_fold"] if isinstance(point, dict)]
+    figure = Figure((8.0, 5.0), dpi=DPI, layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, key, label, colour in zip(
+        panels, ("log_loss", "accuracy"), ("loss", "accuracy"), (BLUE, ORANGE), strict=True
+    ):
+        axes.errorbar(_column(points, "strength"), _column(points, key), _column(points, f"{key}_error"),
+                      color=colour, marker=".", capsize=3, linewidth=1.4)  # fmt: skip
+        axes.axvline(number(solved[-1], "strength"), color="red", linestyle="--", label="chosen")
+        axes.set(xscale="log", ylabel=f"out-of-fold {label}")
+        axes.grid(color="0.9")
+    losses = _column(points, "log_loss")
+    if np.nanmax(losses) > LOG_FROM * np.nanmin(losses) > 0:
+        panels[0].set_yscale("log", nonpositive="mask")
+    panels[0].legend(frameon=False)
+    panels[1].set_xlabel("strength of the L2 penalty")
+    save_figure(figure, path)
+
+
 def phase_changes(records: Sequence[Record]) -> list[tuple[float, str]]:
     """(epoch, name) of every phase after the first, from records in the order of their steps.
 

@@ -151,16 +151,17 @@ def test_kth_distances_are_scikit_learns(block, monkeypatch):
     theirs = NearestNeighbors(n_neighbors=4, algorithm="brute").fit(scaled[0])
     expected = theirs.kneighbors(scaled[1])[0]
     done: list[int] = []
-    assert neighbours.kth_distance(3 * queries, references, 1) == pytest.approx(expected[:, 0], abs=1e-3)
-    assert neighbours.kth_distance(queries, references, 4, each=done.append) == pytest.approx(expected[:, 3], abs=1e-3)
+    assert neighbours.nearest(3 * queries, references, 1)[0] == pytest.approx(expected[:, 0], abs=1e-3)
+    fourth, rows = neighbours.nearest(queries, references, 4, each=done.append)
+    assert fourth == pytest.approx(expected[:, 3], abs=1e-3)
+    assert np.sort(rows).tolist() == np.sort(theirs.kneighbors(scaled[1])[1]).tolist()
     assert sum(done) == 20
-    own = neighbours.kth_distance(references, references, 3, skip_self=True)
+    own = neighbours.nearest(references, references, 3, skip_self=True)[0]
     assert own == pytest.approx(theirs.kneighbors(scaled[0])[0][:, 3], abs=1e-3)
-    assert neighbours.kth_distance(queries, references[:2], 9) == pytest.approx(
-        neighbours.kth_distance(queries, references[:2], 2)
-    )
+    both, two = (neighbours.nearest(queries, references[:2], k)[0] for k in (9, 2))
+    assert both == pytest.approx(two)
     with pytest.raises(ValueError, match="among 0 references"):
-        neighbours.kth_distance(references[:1], references[:1], 1, skip_self=True)
+        neighbours.nearest(references[:1], references[:1], 1, skip_self=True)
 
 
 def test_a_threshold_that_known_images_exceed_at_the_rate():
@@ -247,13 +248,43 @@ def test_distinct_images_have_no_duplicates_and_few_images_no_statistics():
     assert neighbours.duplicate_groups(np.zeros((0, 2), np.int64), 3) == []
 
 
-def test_planted_outliers_are_found():
+def clusters(seed=0):
+    """Features of two classes, 150 images each, the first five times as narrow as the second, and their labels."""
+    rng, labels = np.random.default_rng(seed), np.repeat([0, 1], 150)
+    centres, spreads = rng.uniform(0, 1, (2, 24)), np.array([0.05, 0.25])
+    return (centres[labels] + spreads[labels, None] * rng.normal(0, 1, (300, 24))).astype(np.float32), labels
+
+
+def test_planted_outliers_are_the_first_listed():
+    x, _ = clusters()
+    x[[7, 200]] = np.eye(24, dtype=np.float32)[[0, 9]]
+    rows, distances = neighbours.find_outliers(x)
+    assert sorted(rows[:2]) == [7, 200]
+    assert len(rows) == 3  # one in a hundred, since no limit for both classes is low enough
+    assert distances == pytest.approx(neighbours.nearest(x, x, neighbours.NEIGHBOURS, skip_self=True)[0])
+    assert distances[rows].tolist() == sorted(distances, reverse=True)[:3]
+
+
+def test_more_than_one_in_a_hundred_are_outliers_where_they_are_beyond_the_limit():
     x = directions(300)
-    x[[7, 100, 101]] = np.eye(24, dtype=np.float32)[[0, 5, 5]]  # two of them are copies of each other
-    rows, limit = neighbours.find_outliers(x)
-    assert sorted(rows) == [7, 100, 101]
-    distances = neighbours.kth_distance(x, x, 5, skip_self=True)
-    assert distances[rows].tolist() == sorted(distances[distances > limit], reverse=True)
+    planted = [7, *range(100, 106)]
+    x[planted] = np.eye(24, dtype=np.float32)[[0, *[5] * 6]]  # six of them are copies of each other
+    assert sorted(neighbours.find_outliers(x)[0]) == planted
+
+
+def test_strangeness_sees_what_is_near_a_class_of_similar_images():
+    x, labels = clusters()
+    rng = np.random.default_rng(1)
+    known = x + 0.3 * np.array([0.05, 0.25])[labels, None] * rng.normal(0, 1, x.shape)
+    strange = x[:50] + 0.2 * rng.normal(0, 1, (50, 24))  # usual in the second class, far for the first
+    spreads = neighbours.nearest(x, x, 10, skip_self=True)[0]
+
+    def found(score):
+        limit = neighbours.unknown_threshold(score(known), 0.05)
+        return (score(strange) > limit).mean()
+
+    assert found(lambda queries: neighbours.strangeness(queries, x, spreads, 10)) > 0.9
+    assert found(lambda queries: neighbours.nearest(queries, x, 10)[0]) == 0.0
 
 
 def answers(both, first, second, neither):

@@ -422,6 +422,24 @@ def test_curves_show_what_the_records_say(figures):
     assert rate.lines[0].get_ydata() == pytest.approx(1e-3)
 
 
+def test_the_path_of_strengths_shows_errors_and_the_chosen_one(figures, tmp_path):
+    point = {"log_loss_error": 0.1, "accuracy_error": 0.01}
+    path = [{"strength": 10.0**-i, "log_loss": 2.0 / (i + 1), "accuracy": 0.5 + i / 10, **point} for i in range(4)]
+    solved = {"step": 20, "split": "train", "strength": 1e-2, "out_of_fold": path}
+    odd: list[object] = [{"step": 30, "split": "train", "out_of_fold": value} for value in (3, "", None)]
+    pictures.draw_strengths("unused", [*records_of(range(5, 21, 5)), *odd, solved])
+    loss, accuracy = figures[0].axes
+    assert loss.lines[0].get_ydata() == pytest.approx([2, 1, 2 / 3, 0.5])
+    assert accuracy.lines[0].get_ydata() == pytest.approx([0.5, 0.6, 0.7, 0.8])
+    assert accuracy.lines[0].get_xdata() == pytest.approx([1, 0.1, 0.01, 0.001])
+    segments = loss.collections[0].get_segments()
+    assert [tuple(segment[:, 1]) for segment in segments[:2]] == [pytest.approx((1.9, 2.1)), pytest.approx((0.9, 1.1))]
+    for axes in (loss, accuracy):
+        assert list(axes.lines[-1].get_xdata()) == [1e-2, 1e-2]
+    pictures.draw_strengths(tmp_path / "none.png", [*records_of([5]), *odd])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_resumed_run_repeats_no_point(figures):
     records = records_of(range(5, 61, 5))
     repeated = [{**record, "loss": 7.0} for record in records_of(range(45, 81, 5))]

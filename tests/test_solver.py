@@ -189,6 +189,11 @@ def test_classes_with_fewer_images_than_folds():
     assert found.logits[4, 2] == found.logits[4, 4] == found.logits[4].min()
     right = (found.logits.argmax(axis=1) == labels)[found.scored].mean()
     assert {r.strength: r.accuracy for r in found.records}[found.best] == pytest.approx(right)
+    passes: list[int] = []
+    cold = solver.solve(x, labels, 5, found.best, each=lambda: passes.append(0))
+    warm = solver.solve(x, labels, 5, found.best, start=found.start, each=lambda: passes.append(1))
+    assert sum(passes) < len(passes) / 2
+    np.testing.assert_allclose(probabilities(x, warm), probabilities(x, cold), atol=1e-4)
 
 
 def test_classes_of_one_image_each():

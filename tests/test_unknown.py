@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, sample_images: Path) -> Path:
     return folder / "run"
 
 
-def test_a_run_keeps_its_training_features_and_distances_of_held_out_images(run, sample_images):
+def test_a_run_keeps_its_training_features_and_scores_of_held_out_images(run, sample_images):
     kept = np.load(run / "known.npz")
     counts = Run(run).config().counts
     assert kept["references"].shape == (2 * counts["train"], 256)
@@ -37,9 +37,15 @@ def test_a_run_keeps_its_training_features_and_distances_of_held_out_images(run,
     # The distances are those of the pictures themselves, by brute force.
     images = sorted((sample_images / "val").rglob("*.jpg"))
     features = unit_length(np.stack([p.features for p in Predictor(run).predict(images)]))
-    distances = np.linalg.norm(features[:, None] - kept["references"].astype(np.float32)[None], axis=2)
-    expected = np.sort(distances, axis=1)[:, known.NEIGHBOUR - 1]
-    assert np.sort(kept["held_out"]) == pytest.approx(np.sort(expected), abs=2e-3)
+    references = kept["references"].astype(np.float32)
+    among = np.linalg.norm(references[:, None] - references[None], axis=2)
+    spreads = np.sort(among, axis=1)[:, known.NEIGHBOUR]  # the first is the row itself
+    assert kept["spreads"] == pytest.approx(spreads, abs=2e-3)
+    distances = np.linalg.norm(features[:, None] - references[None], axis=2)
+    order = np.argsort(distances, axis=1)[:, : known.NEIGHBOUR]
+    kth = np.take_along_axis(distances, order, axis=1)[:, -1]
+    expected = kth / np.sqrt(spreads[order].mean(axis=1))
+    assert np.sort(kept["held_out"]) == pytest.approx(np.sort(expected), rel=0.03)
 
 
 def test_known_images_exceed_the_limit_as_rarely_as_asked(run, sample_images):

@@ -2,7 +2,8 @@
 
 All images of the data set are judged, those of every split. Wrong labels: by confident learning, from a linear head
 that is fitted on the features of a pretrained network, out of fold: no image is judged by a head that trained on it.
-Near-duplicates: images that are the same in 12 x 12 pixels. Outliers: images whose features are far from all others.
+Near-duplicates: images that are the same in 12 x 12 pixels. Outliers: the images whose features are farthest from all
+others, one in a hundred or more: look whether they belong there.
 
 Nothing is changed: you decide. Write `drop` or another class into the column `action` of a list, for the rows that are
 wrong, and train with --relabel LIST. The features are kept on disk, where train.py --train-from head finds them.
@@ -47,8 +48,7 @@ def write_lists(folder: Path, images: Images, found: Findings) -> None:
         for i in rows
     ]
     write_csv(folder / LISTS[1], ["group", "image", "split", "label", "action"], copies)
-    outliers = zip(found.outliers, found.outlier_distances, strict=True)
-    far = [(names[i], images.splits[i], of_image[i], f"{distance:.4f}", "") for i, distance in outliers]
+    far = [(names[i], images.splits[i], of_image[i], f"{found.distances[i]:.4f}", "") for i in found.outliers]
     write_csv(folder / LISTS[2], ["image", "split", "label", "distance", "action"], far)
 
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"labels     {len(found.issues)} of {len(images.names)} are probably wrong; out-of-fold accuracy "
         f"{found.accuracy:.4f} ± {found.accuracy_error:.4f}\n"
         f"copies     {len(found.groups)} groups of near-duplicates, {leaks} of them in several splits\n"
-        f"outliers   {len(found.outliers)} images far from all others\n"
+        f"outliers   {len(found.outliers)} images farthest from all others\n"
         f"look at    {one_line(page)}\n"
         f"correct    write drop or a class into the column action of {one_line(output / LISTS[0])}, then\n"
         f"           python train.py {one_line(again)} --relabel {one_line(shlex.quote(str(output / LISTS[0])))}"

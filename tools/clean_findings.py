@@ -17,9 +17,6 @@ from training import head
 from training.cross_validation import cross_validate, strength_grid
 from training.preparation import Prepared
 
-OUTLIER_NEIGHBOUR = 5  # whose distance counts: four copies of an outlier do not hide it
-SAMPLE = 4096  # images whose distance is drawn
-
 
 @dataclass(frozen=True)
 class Images:
@@ -37,7 +34,7 @@ class Images:
 class Findings:
     """What is worth a look. Rows of `Images`; the worst first, and groups across splits or classes before others.
 
-    outlier_distances: float32, of each outlier, all beyond outlier_limit; usual_distances: of images all over the data.
+    distances: float32 [N], of every image to its `neighbours.NEIGHBOURS`-th nearest; those of outliers are the largest.
     """
 
     accuracy: float
@@ -46,9 +43,7 @@ class Findings:
     duplicates: neighbours.Duplicates
     groups: list[np.ndarray]
     outliers: np.ndarray
-    outlier_distances: np.ndarray
-    usual_distances: np.ndarray
-    outlier_limit: float
+    distances: np.ndarray
 
 
 def all_images(prepared: Prepared) -> Images:
@@ -129,15 +124,10 @@ def find(images: Images, features: np.ndarray, groups: np.ndarray, seed: int, st
     except ValueError as error:
         raise UserError(f"{images.root}: too many images are alike: {error}") from None
     copies = neighbours.duplicate_groups(duplicates.pairs, len(images.paths))
-    of_image = mean_by_image(features, groups)
-    outliers, limit = neighbours.find_outliers(of_image, OUTLIER_NEIGHBOUR)
-    usual = np.unique(np.linspace(0, len(of_image) - 1, SAMPLE).astype(np.int64))
-    # One neighbour more, since each of these images is among the others itself.
-    far, near = (neighbours.kth_distance(of_image[i], of_image, OUTLIER_NEIGHBOUR + 1) for i in (outliers, usual))
+    # The head's features are square roots. Squared they are the pooled activations again, which tell strangers better.
+    outliers, distances = neighbours.find_outliers(mean_by_image(features**2, groups))
     groups_worst_first = sorted(copies, key=lambda rows: -severity(images, rows))
-    return Findings(
-        best.accuracy, best.accuracy_error, issues, duplicates, groups_worst_first, outliers, far, near, limit
-    )
+    return Findings(best.accuracy, best.accuracy_error, issues, duplicates, groups_worst_first, outliers, distances)
 
 
 def severity(images: Images, rows: np.ndarray) -> int:

@@ -33,8 +33,8 @@ def write_pages(folder: Path, data: str, images: Images, found: Findings) -> Pat
         for i in found.issues[:SHOWN]
     ]
     outliers = [
-        (int(i), f"{names[images.labels[i]]}\ndistance {distance:.3f}\n{one_line(images.names[i])}")
-        for i, distance in zip(found.outliers[:SHOWN], found.outlier_distances, strict=False)
+        (int(i), f"{names[images.labels[i]]}\ndistance {found.distances[i]:.3f}\n{one_line(images.names[i])}")
+        for i in found.outliers[:SHOWN]
     ]
     columns = min(COLUMNS, max(map(len, found.groups[:GROUPS_SHOWN]), default=1))
     copies = _group_cells(images, found, names, columns)
@@ -54,11 +54,12 @@ def write_pages(folder: Path, data: str, images: Images, found: Findings) -> Pat
         f"of several classes. In 12 × 12 pixels their similarity is {found.duplicates.threshold:.4f} or more.</p>",
         *_sheet(folder / "duplicates.png", images, copies, len(found.groups) - GROUPS_SHOWN, columns),
         f"<h2>Outliers: {len(found.outliers)}</h2>",
-        "<p>The farthest first, whatever the class.</p>",
+        "<p>The farthest first, by the distance to the tenth nearest image, whatever the class. One image in a hundred "
+        "is always listed: most of them are only unusual.</p>",
         *_sheet(folder / "outliers.png", images, outliers, len(found.outliers) - SHOWN),
         "<h2>The limits</h2>",
         "<p>Both come from the distances themselves: the median of their logarithms, and several times their usual "
-        "deviation from it.</p>",
+        "deviation from it; or, for outliers, the farthest one in a hundred.</p>",
         figure(
             folder / "thresholds.png", "Histograms of the distances, with the limits of near-duplicates and outliers"
         ),
@@ -109,8 +110,8 @@ def draw_thresholds(path: Path, found: Findings) -> None:
     panels = [
         (np.sqrt(np.maximum(2 - 2 * nearest, 0)), np.sqrt(2 - 2 * threshold),
          "log", "distance to the nearest image, of 12 × 12 pixels", "near-duplicates: left of"),
-        (found.usual_distances, found.outlier_limit,
-         "linear", "distance to the fifth nearest image, of features", "outliers: right of"),
+        (found.distances, found.distances[found.outliers].min(initial=np.inf),
+         "linear", "distance to the tenth nearest image, of features", "outliers: from"),
     ]  # fmt: skip
     for axes, (distances, limit, scale, label, name) in zip(drawing.subplots(1, 2), panels, strict=True):
         values = np.maximum(np.asarray(distances, np.float64), 1e-3)  # exact copies at the left end of a log axis

@@ -37,6 +37,7 @@ class CrossValidation:
     at_edge: whether `best` is the first or the last strength of the whole grid, so that the optimum may lie outside.
     logits: float32 [N, C], those of `best`, each row from the fold that did not train on it.
     scored: bool [N], False where no other image has the label: no fold could learn it, and no figure counts the row.
+    start: weights [D, C] and biases [C], the mean over the folds at `best`: where `solve` on all rows begins.
     """
 
     records: tuple[StrengthRecord, ...]
@@ -44,6 +45,7 @@ class CrossValidation:
     at_edge: bool
     logits: np.ndarray
     scored: np.ndarray
+    start: tuple[np.ndarray, np.ndarray]
 
 
 def strength_grid(features: np.ndarray) -> np.ndarray:
@@ -98,7 +100,7 @@ def cross_validate(
     if not scored.any():
         raise ValueError("no class has two images: there is nothing to learn from and to be judged by")
     records: list[StrengthRecord] = []
-    best, best_logits = 0, np.zeros((0, class_count), np.float32)
+    best, best_logits, best_fits = 0, np.zeros((0, class_count), np.float32), [zeros(features.shape[1], class_count)]
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
         axes = Axes(features)
         data = (axes.turn(features[order]), labels[order], weights[order])
@@ -113,10 +115,12 @@ def cross_validate(
             if report:
                 report(records[-1])
             if len(records) == 1 or records[-1].log_loss < records[best].log_loss - LEAST_GAIN:
-                best, best_logits = len(records) - 1, logits
+                best, best_logits, best_fits = len(records) - 1, logits, [fit.fitted() for fit in fits]
             if len(records) - 1 - best >= PATIENCE:
                 break
-    return CrossValidation(tuple(records), path[best], best in (0, len(path) - 1), best_logits, scored)
+    weights, biases = (np.mean(parts, axis=0) for parts in zip(*best_fits, strict=True))
+    start = axes.leave(weights, biases)
+    return CrossValidation(tuple(records), path[best], best in (0, len(path) - 1), best_logits, scored, start)
 
 
 def stratified_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -168,6 +172,13 @@ class _FoldFit:
         logits = np.repeat(known.min(axis=1, keepdims=True), self._class_count, axis=1)
         logits[:, self._present] = known
         return logits
+
+    def fitted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [K, C] and biases [C] of the last strength; 0 for a class that the training rows lack."""
+        both = zeros(len(self._fitted[0]), self._class_count)
+        for of_all, of_present in zip(both, self._fitted, strict=True):
+            of_all[..., self._present] = of_present
+        return both
 
 
 def _record(

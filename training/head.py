@@ -109,6 +109,7 @@ def solve_head(
         found.best,
         class_weights=class_weights,
         label_smoothing=label_smoothing,
+        start=found.start,
         each=stop.check,
     )
     _linear(network).weights.assign(weights)
