@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from reports.events import EventWriter
-from reports.pictures import draw_curves
+from reports.pictures import draw_curves, draw_strengths
 from run import Run
 
 DUTY = 20.0  # checkpoints, and pictures, take at most one part in so many of the time
@@ -86,7 +86,9 @@ class Log:
         self.events.scalars({**record, **timing})
 
     def draw_curves(self) -> None:
-        draw_curves(self._run.path / "curves.png", self._run.read_lines("metrics.jsonl"))
+        lines = self._run.read_lines("metrics.jsonl")
+        draw_curves(self._run.path / "curves.png", lines)
+        draw_strengths(self._run.path / "head-strengths.png", lines)
 
 
 class NoLog:

@@ -234,9 +234,10 @@ def _evaluate_best(
     if phase.views and network.pools(phase.input_stage):
         write_known(run, train, loads["train"], phase.views, val, loads["val"], stop)
     results = write_scores(run.path, config, [logits], val, config.data.root, "val", temperature)
-    for picture in ("confusion-val", "confusion-val-normalised", "worst-val", "reliability-val"):
-        pixels = images.read_image(run.path / f"{picture}.png")
-        log.events.images("val", picture, pixels[None], step)
+    pictures = ("confusion-val", "confusion-val-normalised", "worst-val", "reliability-val", "head-strengths")
+    for file in (run.path / f"{picture}.png" for picture in pictures):
+        if file.exists():  # the last one where a head was solved
+            log.events.images("val", file.stem, images.read_image(file)[None], step)
     log.events.close()
     return results
 
