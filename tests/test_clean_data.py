@@ -1,6 +1,7 @@
 """tools.clean_data on images with planted faults, and training with --relabel on a corrected list."""
 
 import csv
+import dataclasses
 import functools
 import json
 from html.parser import HTMLParser
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data as data_module
 import evaluate
 import train
-from console import UserError, exit_status
+from console import StopSignals, UserError, exit_status
 from dataset import layouts
 from dataset.corrections import DROP, Correction, apply_corrections, read_corrections
 from model import Network
 from tests.conftest import TINY, call, rows_of
 from tests.tiny_networks import filled
 from tools import clean_data
+from training.preparation import prepare
+from training.settings import Settings
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 
@@ -266,3 +270,41 @@ def test_training_on_a_corrected_list(tmp_path, capsys):
     listed.unlink()
     assert call(evaluate, "--run", run) == 0
     assert (run / "predictions-val.csv").read_bytes() == before
+
+
+def test_what_is_cached_serves_before_and_after_images_are_dropped(tmp_path, capsys):
+    data = make_data(tmp_path / "data", 5, 2)
+    listed = write_list(tmp_path / "list.csv", [("train/red/00.png", "blue"), ("train/green/01.png", "drop")])
+    flags = [*TINY, "--head", "gap", "--train-from", "head", "--cached-views", "2", "--head-solver", "sgd"]
+    command = [data, *flags, "--epochs", "1", "--cache-dir", tmp_path / "cache"]
+    assert call(train, *command, "--run", tmp_path / "all") == 0
+    assert "caching" in capsys.readouterr().out
+    assert call(train, *command, "--run", tmp_path / "cleaned", "--relabel", listed) == 0
+    assert "caching" not in capsys.readouterr().out
+    # The same run from a cache that it makes itself, in which the dropped image can't be decoded and has no place.
+    (data / "train/green/01.png").write_bytes((data / "train/green/01.png").read_bytes()[:60])
+    own = [*command[:-1], tmp_path / "own", "--run", tmp_path / "broken", "--relabel", listed]
+    assert call(train, *own) == 0
+    assert json.loads((tmp_path / "broken/config.json").read_text())["excluded"] == ["train/green/01.png"]
+    counts = [json.loads((tmp_path / name / "config.json").read_text())["counts"] for name in ("cleaned", "broken")]
+    assert counts[0] == counts[1] == {"train": 14, "val": 6}
+
+
+def test_a_cache_gives_the_rows_of_the_images_that_are_left(tmp_path):
+    data = make_data(tmp_path / "data", 5, 2)
+    listed = write_list(tmp_path / "list.csv", [("train/green/01.png", "drop")])
+    fixed = {"network": "small", "pretrained": "none", "image_size": 32, "head": "gap", "train_from": "head"}
+    settings = Settings(**fixed, cached_views=2, cache_dir=str(tmp_path / "cache"))
+    rows = []
+    for relabel in ("", str(listed)):
+        prepared = prepare(dataclasses.replace(settings, relabel=relabel), str(data))
+        with StopSignals() as stop:
+            phases, train_split = prepared.config.phases, {"train": prepared.examples["train"]}
+            load = prepared.cached_loads(phases, train_split, stop, listed=prepared.listed)["gap"]["train"]
+        batches = data_module.ordered_batches(load, prepared.examples["train"].labels, 4, view=1)
+        paths = prepared.examples["train"].paths
+        rows.append(dict(zip(paths, np.concatenate([x for x, *_ in batches]), strict=True)))
+    assert len(rows[0]) == 15
+    assert len(rows[1]) == 14
+    for path, row in rows[1].items():
+        assert np.array_equal(row, rows[0][path])

@@ -144,17 +144,19 @@ class Cache:
                 flush_to_disk(descriptor)
                 os.replace(self._partial(view), self.file(view))
 
-    def loader(self) -> data.Load:
-        """Loads rows of the filled cache: x is [B, *shape] float32.
+    def loader(self, examples: Examples | None = None) -> data.Load:
+        """Loads rows of the filled cache: x is [B, *shape] float32. `examples`: some of the cache's, default all.
 
         Raises, while iterating: tf.errors.OpError whose message holds the path of a damaged file as `DamagedCache`.
         """
         descriptors = {view: open_regular(self.file(view)) for view in self.views}  # open as long as the process is
         size = self._row_bytes
+        place_of = {path: place for place, path in enumerate(self.examples.paths)}
+        rows = np.array([place_of[path] for path in (examples or self.examples).paths], np.int64)
 
         def read(indices: np.ndarray, views: np.ndarray) -> np.ndarray:
             x = np.empty((len(indices), *self.shape), np.float32)
-            for place, (index, view) in enumerate(zip(indices.tolist(), views.tolist(), strict=True)):
+            for place, (index, view) in enumerate(zip(rows[indices].tolist(), views.tolist(), strict=True)):
                 # Not a memory map: a file that is cut while it is read would end the process by a signal.
                 row = os.pread(descriptors[view], size, index * size)
                 values, checksum = row[:-CHECKSUM_BYTES], row[-CHECKSUM_BYTES:]
@@ -241,6 +243,7 @@ def cached_loads(
     network: Network,
     phases: Sequence[Phase],
     examples: Mapping[str, Examples],
+    listed: Mapping[str, Examples],
     prints: Mapping[str, Fingerprint],
     spec: data.Preprocessing,
     root: str,
@@ -250,15 +253,15 @@ def cached_loads(
     """{stage: {split: loader of what enters the stage}} for the phases that train on cached views.
 
     Computes what is not on disk yet, in one pass over the images: random views for `train`, the central view for other
-    splits. `prints` by path.
+    splits. The caches hold the `listed` examples, which include `examples`. `prints` by path.
     """
     views = {phase.input_stage: phase.views for phase in phases if phase.views}
     in_order = sorted(views, key=network.stages.index)
     caches: dict[str, list[Cache]] = {split: [] for split in examples}
-    for split, of_split in examples.items():
+    for split in examples:
         for stage in in_order:
             chosen = list(range(views[stage])) if split == "train" else [data.CENTRAL_VIEW]
-            caches[split].append(Cache(network, stage, of_split, prints, spec, chosen, root))
+            caches[split].append(Cache(network, stage, listed[split], prints, spec, chosen, root))
     every = [cache for of_split in caches.values() for cache in of_split]
     check_disk(every, root)
     if missing := sum(cache.missing_rows() for cache in every):
@@ -266,9 +269,12 @@ def cached_loads(
         print(
             f"caching    {missing} activations that enter {', '.join(in_order)} in {root}/: {size:.1f} MB", flush=True
         )
-        for split, of_split in examples.items():
-            fill(caches[split], data.image_loader(of_split, spec, VIEW_SEED), stop, worker)
-    return {stage: {split: caches[split][place].loader() for split in examples} for place, stage in enumerate(in_order)}
+        for split in examples:
+            fill(caches[split], data.image_loader(listed[split], spec, VIEW_SEED), stop, worker)
+    return {
+        stage: {split: caches[split][place].loader(of_split) for split, of_split in examples.items()}
+        for place, stage in enumerate(in_order)
+    }
 
 
 def check_disk(caches: Sequence[Cache], root: str) -> None:

@@ -35,13 +35,16 @@ from weights.restore import RestoreReport, restore
 class Prepared:
     """A run that is ready to begin or to be resumed; train.py and the tools start from it.
 
-    network: holds the values to start from. prints: of every image in `examples`, by path.
+    listed: `examples` and the images that --relabel drops. Their activations are kept too, so that what is cached
+    serves before and after a correction.
+    network: holds the values to start from. prints: of every image in `listed`, by path.
     """
 
     config: RunConfig
     settings: Settings
     found: layouts.LabelledImages
     examples: dict[str, layouts.Examples]
+    listed: dict[str, layouts.Examples]
     prints: dict[str, Fingerprint]
     network: Network
 
@@ -62,10 +65,14 @@ class Prepared:
         examples: Mapping[str, layouts.Examples],
         stop: StopSignals,
         worker: int = 0,
+        listed: Mapping[str, layouts.Examples] | None = None,
     ) -> dict[str, dict[str, data.Load]]:
-        """{stage: {split: loader of what enters the stage}} for the phases that train on cached views."""
-        spec, root = self.config.preprocessing, self.settings.cache_dir
-        return features.cached_loads(self.network, phases, examples, self.prints, spec, root, stop, worker)
+        """{stage: {split: loader of what enters the stage}} for the phases that train on cached views.
+
+        The caches hold the `examples`, or the `listed` ones that include them.
+        """
+        spec, root, listed = self.config.preprocessing, self.settings.cache_dir, listed or examples
+        return features.cached_loads(self.network, phases, examples, listed, self.prints, spec, root, stop, worker)
 
 
 def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> Prepared:
@@ -73,9 +80,9 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
     settings = settings.resolved()
     row = NETWORKS[settings.network]
     devices.use_threads(devices.default_threads())
-    found = plan.list_images(settings, data_path)
-    corrections = plan.corrections(settings, found)
-    found = apply_corrections(found, corrections)
+    uncorrected = plan.list_images(settings, data_path)
+    corrections = plan.corrections(settings, uncorrected)
+    found = apply_corrections(uncorrected, corrections)
     arrays: dict[str, np.ndarray] = {}
     source = settings.pretrained
     if source == "none" and not row.from_scratch:
@@ -99,9 +106,9 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
         raise UserError(f"--image-size {settings.image_size}: {error}") from None
     report = restore_pretrained(network, arrays, source)
     new = [name for name, _ in report.new]
-    excluded = _bad_images(settings, found)
-    examples = plan.usable_examples(settings, found, excluded)
-    prints = fingerprint_images(examples, {})
+    excluded = _bad_images(settings, found) + _bad_dropped(uncorrected, found)
+    examples, listed = _examples(settings, found, uncorrected, excluded)
+    prints = fingerprint_images(listed, {})
     content = plan.content_digest(plan.record_images(found, examples, prints))
     config = RunConfig(
         command=list(command),
@@ -126,21 +133,21 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
         corrections=corrections,
         threads=devices.default_threads(),
     )
-    return Prepared(config, settings, found, examples, prints, network)
+    return Prepared(config, settings, found, examples, listed, prints, network)
 
 
 def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     """What `prepare` decided for a run that exists; UserError, naming what differs, where it would be another run."""
     config = run.config()
     devices.use_threads(config.threads)
-    found = plan.list_images(settings, data_path)
+    uncorrected = plan.list_images(settings, data_path)
     if settings.auto_batch:  # which found the parts when the run began
         settings = dataclasses.replace(settings, accumulate=config.settings["accumulate"])
     plan.check_settings(run, config, settings)
-    plan.check_corrections(run, config, plan.corrections(settings, found))
-    found = apply_corrections(found, config.corrections)
-    examples = plan.usable_examples(settings, found, config.excluded)
-    prints = fingerprint_images(examples, plan.known_fingerprints(run, found.root))
+    plan.check_corrections(run, config, plan.corrections(settings, uncorrected))
+    found = apply_corrections(uncorrected, config.corrections)
+    examples, listed = _examples(settings, found, uncorrected, config.excluded)
+    prints = fingerprint_images(listed, plan.known_fingerprints(run, found.root))
     if changes := plan.image_changes(run, config, found, plan.record_images(found, examples, prints)):
         raise UserError(
             f"{run.path} can't be resumed: the images of {found.root} are not those that it began with: "
@@ -151,7 +158,7 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
         source = config.pretrained.source
         arrays = {} if source == "none" else load_pretrained(source, settings.network)
         restore_pretrained(network, arrays, source)
-    return Prepared(config, settings, found, examples, prints, network)
+    return Prepared(config, settings, found, examples, listed, prints, network)
 
 
 def restore_pretrained(network: Network, arrays: dict[str, np.ndarray], source: str) -> RestoreReport:
@@ -162,6 +169,25 @@ def restore_pretrained(network: Network, arrays: dict[str, np.ndarray], source: 
     last = list(network.variables_from(network.stages[-1]))
     may_be_new = list(network.variables_from(network.head_stages[0]) if arrays else network.variables_by_name)
     return restore(network.variables_by_name, arrays, exclude=last, may_be_new=may_be_new, source=source)
+
+
+def _examples(
+    settings: Settings, found: layouts.LabelledImages, uncorrected: layouts.LabelledImages, excluded: list[str]
+) -> tuple[dict[str, layouts.Examples], dict[str, layouts.Examples]]:
+    """The examples of each split, and with those that --relabel drops: see `Prepared`."""
+    examples = plan.usable_examples(settings, found, excluded)
+    if found is uncorrected or settings.examples_per_class:  # which of a class are taken changes with the corrections
+        return examples, examples
+    return examples, plan.usable_examples(settings, uncorrected, excluded)
+
+
+def _bad_dropped(uncorrected: layouts.LabelledImages, found: layouts.LabelledImages) -> list[str]:
+    """Relative names of the images that --relabel drops and that can't be decoded, for which they may be dropped."""
+    before, after = (
+        {path for of_split in images.splits.values() for path in of_split.paths} for images in (uncorrected, found)
+    )
+    faults = find_faults(sorted(before - after), thorough=True)
+    return [os.path.relpath(path, found.root) for path in faults]
 
 
 def _bad_images(settings: Settings, found: layouts.LabelledImages) -> list[str]:

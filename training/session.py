@@ -205,7 +205,7 @@ def _train_phases(prepared: Prepared, loop: Loop) -> tuple[Phase, dict[str, data
     examples = {split: prepared.examples[split] for split in ("train", "val")}
     # Of phases still to do: once a phase has changed a stage, what a finished phase cached above it is gone.
     to_do = [phase for phase in config.phases if phase.end_step >= loop.trainer.steps_done()]
-    cached = prepared.cached_loads(to_do, examples, loop.stop, replicas.share.part)
+    cached = prepared.cached_loads(to_do, examples, loop.stop, replicas.share.part, prepared.listed)
     of_images = {split: data.image_loader(examples[split], config.preprocessing, settings.seed) for split in examples}
     done = loop.order.images_before(loop.trainer.steps_done())
     with progress_bar(settings.epochs * len(examples["train"]), done, "training") as bar:
