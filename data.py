@@ -44,27 +44,44 @@ class Preprocessing:
     std_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
+def central_crop(size: tf.Tensor, margin: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """(top, left), int32 [2], and side, int32 [], of the central square of an image whose height and width are `size`.
+
+    The margin shrinks to a quarter of a short side under 40 px.
+    """
+    short = tf.reduce_min(size)
+    side = short - 2 * tf.minimum(margin, short // 4)
+    return (size - side) // 2, side
+
+
+def area_resize(image: tf.Tensor, size: int) -> tf.Tensor:
+    """[H, W, 3] -> float32 [size, size, 3]: each pixel the mean of the area that it covers."""
+    return tf.image.resize(image, [size, size], method="area")
+
+
 def preprocess(
-    image: tf.Tensor, spec: Preprocessing, seed: tf.Tensor | None = None, random: tf.Tensor | bool = True
+    image: tf.Tensor,
+    spec: Preprocessing,
+    seed: tf.Tensor | None = None,
+    random: tf.Tensor | bool = True,
+    resize: Callable[[tf.Tensor, int], tf.Tensor] = area_resize,
 ) -> tf.Tensor:
     """The one way from a decoded image, uint8 [H, W, 3] RGB, to the network's input, float32 [S, S, 3].
 
     A square crop, area resize, minus the mean, divided by the deviation. The crop is central, or random and augmented
     where there is a `seed`, int [2], and `random`, bool [], holds. Pure TensorFlow, so that it can live in an exported
-    model. The margin shrinks to a quarter of a short side under 40 px.
+    model; `resize` is another form of the same for formats that lack an operation.
     """
     size = tf.shape(image)[:2]
-    short = tf.reduce_min(size)
-    side = short - 2 * tf.minimum(spec.crop_margin, short // 4)
-    room = size - side
-    corner = room // 2
+    corner, side = central_crop(size, spec.crop_margin)
     if seed is not None:
+        room = size - side
         fraction = tf.random.stateless_uniform([2], seed)  # [0, 1)
         anywhere = tf.cast(fraction * tf.cast(room + 1, tf.float32), tf.int32)
         anywhere = tf.minimum(anywhere, room)  # the product can round up to room + 1
         corner = tf.where(random, anywhere, corner)
     crop = image[corner[0] : corner[0] + side, corner[1] : corner[1] + side]
-    crop = tf.image.resize(crop, [spec.image_size, spec.image_size], method="area")  # float32, 0..255
+    crop = resize(crop, spec.image_size)  # float32, 0..255
     if seed is not None and spec.augment:
         crop = tf.cond(tf.constant(True) & random, lambda: _augment(crop, spec.augment, seed), lambda: crop)
     # In rows of S * 3 numbers, which is faster than spreading three numbers over the last axis.

@@ -192,7 +192,8 @@ class Predictor:
         for row, item in enumerate(batch):
             heatmap = None
             if maps is not None and item.picture is not None:
-                crop = central_crop(*item.size, self._spec.crop_margin)
+                (top, left), side = data.central_crop(tf.constant(item.size), self._spec.crop_margin)
+                crop = int(top), int(left), int(side)
                 heatmap = HeatMap(maps[row].numpy(), item.size, crop, item.picture)
             unknown = None if self._known is None else bool(is_unknown[row])
             of_image = probabilities[row], features[row].numpy()
@@ -231,10 +232,3 @@ def _as_many(sources: Source | Iterable[Source]) -> Iterable[Source]:
     if isinstance(sources, str | os.PathLike | bytes) or (isinstance(sources, np.ndarray) and sources.ndim == 3):
         return [sources]
     return sources
-
-
-def central_crop(height: int, width: int, margin: int) -> tuple[int, int, int]:
-    """Top, left and side of the square that `data.preprocess` takes as the central view of an image, in pixels."""
-    short = min(height, width)
-    side = short - 2 * min(margin, short // 4)
-    return (height - side) // 2, (width - side) // 2, side

@@ -38,10 +38,10 @@ class Model:
 # -- for TFLite and ONNX ---------------------------------------------------------------------------------------------
 
 
-def area_resize(image: tf.Tensor, size: int) -> tf.Tensor:
+def portable_resize(image: tf.Tensor, size: int) -> tf.Tensor:
     """[H, W, 3] of any type -> float32 [size, size, 3]: each pixel the mean of the area it covers.
 
-    The same as `tf.image.resize(image, [size, size], method="area")` to 0.01 grey levels, but as two matrix products,
+    The same as `data.area_resize` to 0.01 grey levels, but as two matrix products,
     since TFLite has no ResizeArea and tf2onnx makes nearest neighbour of it without saying so.
     """
     height, width = tf.shape(image)[0], tf.shape(image)[1]
@@ -63,15 +63,6 @@ def _overlaps(count: tf.Tensor, size: int) -> tf.Tensor:
     return tf.maximum(common, 0.0) / n
 
 
-def portable_preprocess(image: tf.Tensor, spec: Preprocessing) -> tf.Tensor:
-    """The central view of `data.preprocess` with `area_resize`: uint8 [H, W, 3] -> float32 [S, S, 3]."""
-    height, width = tf.shape(image)[0], tf.shape(image)[1]
-    short = tf.minimum(height, width)
-    side = short - 2 * tf.minimum(spec.crop_margin, short // 4)
-    crop = tf.slice(image, [(height - side) // 2, (width - side) // 2, 0], [side, side, 3])
-    return (area_resize(crop, spec.image_size) - tf.constant(spec.mean_rgb)) / tf.constant(spec.std_rgb)
-
-
 def portable_function(model: Model, input_size: int | None) -> tf.types.experimental.PolymorphicFunction:
     """image uint8 [1, H, W, 3] -> {"probabilities": float32 [1, classes]}, of operations that TFLite and ONNX have.
 
@@ -82,7 +73,8 @@ def portable_function(model: Model, input_size: int | None) -> tf.types.experime
         input_signature=[tf.TensorSpec([1, input_size, input_size, 3], tf.uint8, name="image")], autograph=False
     )
     def answer(image: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"probabilities": model.probabilities(portable_preprocess(image[0], model.preprocessing)[tf.newaxis])}
+        x = preprocess(image[0], model.preprocessing, resize=portable_resize)
+        return {"probabilities": model.probabilities(x[tf.newaxis])}
 
     return answer
 

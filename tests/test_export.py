@@ -141,7 +141,7 @@ def noise(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [32, 64, 224, 299])
 def test_area_resize_is_tensorflows(size: int) -> None:
-    resize = tf.function(graph.area_resize, reduce_retracing=True)
+    resize = tf.function(graph.portable_resize, reduce_retracing=True)
     sizes = [(1, 1), (1, 50), (7, 9), (31, 33), (size, size), (size - 1, size + 1), (2 * size, 3 * size), (700, 500)]
     more = np.random.default_rng(size).integers(1, 900, (12, 2)).tolist()
     tolerance = 0.01 if size <= 224 else 0.02  # TensorFlow's own rounding, as the next test shows
@@ -159,7 +159,7 @@ def test_area_resize_is_exact(height: int, width: int, size: int) -> None:
     # Every pixel `size` times, so that each new pixel is the mean of whole ones.
     rows = np.repeat(image.astype(np.float64), size, axis=0).reshape(size, height, width, 3).mean(axis=1)
     wanted = np.repeat(rows, size, axis=1).reshape(size, size, width, 3).mean(axis=2)
-    np.testing.assert_allclose(graph.area_resize(tf.constant(image), size), wanted, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(graph.portable_resize(tf.constant(image), size), wanted, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("margin", [0, 10, 50])
@@ -168,7 +168,9 @@ def test_portable_preprocessing_is_ours(margin: int) -> None:
     for height, width in SIZES:
         image = np.asarray(photograph(height, width))
         wanted = data.preprocess(image, spec)
-        np.testing.assert_allclose(graph.portable_preprocess(image, spec), wanted, rtol=0, atol=0.01 / 0.5)
+        np.testing.assert_allclose(
+            data.preprocess(image, spec, resize=graph.portable_resize), wanted, rtol=0, atol=0.01 / 0.5
+        )
 
 
 # -- decoding inside a SavedModel ------------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def test_a_wrong_resize_is_refused_and_nothing_is_left(
 ) -> None:
     pytest.importorskip("ai_edge_litert", reason=f"ai-edge-litert {MISSING}")
     nearest = lambda image, size: tf.image.resize(tf.cast(image, tf.float32), [size, size], method="nearest")  # noqa: E731
-    monkeypatch.setattr(graph, "area_resize", nearest)
+    monkeypatch.setattr(graph, "portable_resize", nearest)
     assert call(export, "--run", run.path, "--format", "tflite", tmp_path / "out.tflite") == 2
     error = capsys.readouterr().err
     assert "differ from ours" in error

@@ -10,7 +10,6 @@ import model
 from attribution import class_maps, head_input, last_convolution
 from model import EVEN_SHARE, FEATURE_NORM, Network
 from networks.vgg import vgg
-from predictor import central_crop
 from reports.heatmap import draw_heatmap, strongest_box
 from tests.tiny_networks import filled, tiny_inception, tiny_resnet
 
@@ -96,10 +95,10 @@ def test_the_map_of_an_object_lies_on_the_object() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(40, 61), (300, 200), (20, 90), (7, 5), (1, 1)])
 def test_the_crop_is_the_one_that_preprocess_takes(height: int, width: int) -> None:
-    top, left, side = central_crop(height, width, 10)
+    (top, left), side = data.central_crop(tf.constant([height, width]), 10)
     rows, columns = np.meshgrid(np.arange(height) % 256, np.arange(width) % 256, indexing="ij")
     image = np.stack([rows, columns, rows], axis=-1).astype(np.uint8)
-    seen = data.preprocess(tf.constant(image), data.Preprocessing(image_size=side)).numpy()
+    seen = data.preprocess(tf.constant(image), data.Preprocessing(image_size=int(side))).numpy()
     np.testing.assert_array_equal(seen, image[top : top + side, left : left + side])
 
 
