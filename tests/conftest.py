@@ -66,6 +66,18 @@ def sample_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of the small network's convolutions to start from, as an npz."""
+    from model import Network
+    from tests.tiny_networks import filled
+
+    path = tmp_path_factory.mktemp("weights") / "small.npz"
+    network = filled(Network("small", "gap", 2, 32))
+    np.savez(path, **{name: v.numpy() for name, v in network.variables_by_name.items() if "conv" in name})
+    return path
+
+
 @pytest.fixture
 def run_script() -> RunScript:
     """Runs one of the project's scripts in a process of its own: `run_script("train.py", data, "--run", run, cwd=…)`.

@@ -2,7 +2,6 @@
 
 import functools
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,22 +9,13 @@ import pytest
 import data
 import train
 from console import StopSignals, exit_status
-from model import EVEN_SHARE, FEATURE_NORM, Network
+from model import EVEN_SHARE, FEATURE_NORM
 from networks.vgg import MEAN_RGB
 from tests.conftest import rows_of
-from tests.tiny_networks import filled
 from tools import advise
 from tools.advise_evidence import Evidence, judge, kept_images, pooled_features, step_seconds
 from training.preparation import Prepared, prepare
 from training.settings import Settings
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "small.npz"
-    network = filled(Network("small", "gap", 2, 32))
-    np.savez(path, **{name: v.numpy() for name, v in network.variables_by_name.items() if "conv" in name})
-    return path
 
 
 @pytest.fixture

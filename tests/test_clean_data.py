@@ -17,9 +17,7 @@ import train
 from console import StopSignals, UserError, exit_status
 from dataset import layouts
 from dataset.corrections import DROP, Correction, apply_corrections, read_corrections
-from model import Network
 from tests.conftest import TINY, call, rows_of
-from tests.tiny_networks import filled
 from tools import clean_data
 from training.preparation import prepare
 from training.settings import Settings
@@ -47,14 +45,6 @@ def write_list(path: Path, rows: list[tuple[str, str]]) -> Path:
     """A CSV with the columns image and action."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("image", "action"), *rows])
-    return path
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "small.npz"
-    network = filled(Network("small", "gap", 2, 32))
-    np.savez(path, **{name: v.numpy() for name, v in network.variables_by_name.items() if "conv" in name})
     return path
 
 
