@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
 
 import numpy as np
 
@@ -71,36 +69,29 @@ def _to_stdout(content: bytes) -> None:
 
 @contextlib.contextmanager
 def result_file(path: str) -> Iterator[Callable[[str], None]]:
-    """Gives the function that writes the text of `path`: it is kept on the disk, and named when the block ends.
+    """Gives the function that writes the text of `path`: beside it, and renamed when the block ends.
 
-    Where it can't be written, what was computed goes to standard output, and UserError says so.
+    Where the system refuses a file meanwhile, what was computed goes to standard output, and UserError says so.
     """
-    size = 0
-    with unnamed_beside(path) as kept:
+    size, rest = 0, b""
 
-        def give_out(error: OSError, rest: bytes = b"") -> NoReturn:
-            kept.seek(0)
+    def write(piece: str) -> None:
+        nonlocal size, rest
+        rest = piece.encode(errors="backslashreplace")
+        append(file, rest)
+        size, rest = size + len(rest), b""
+
+    with contextlib.ExitStack() as open_files:
+        try:
+            with replace_file(path) as aside:
+                file = open_files.enter_context(open(aside, "wb+", buffering=0))
+                yield write
+        except OSError as error:
+            file.seek(0)  # it can be read as long as it is open, whatever became of its name
             for start in range(0, size, 1 << 20):
-                _to_stdout(kept.read(min(size - start, 1 << 20)))
+                _to_stdout(file.read(min(size - start, 1 << 20)))
             _to_stdout(rest)
             raise UserError(f"--output {path}: {error.strerror}; the results are on standard output") from None
-
-        def write(piece: str) -> None:
-            nonlocal size
-            content = piece.encode(errors="backslashreplace")
-            try:
-                append(kept, content)
-            except OSError as error:
-                give_out(error, content)
-            size += len(content)
-
-        yield write
-        try:
-            with replace_file(path) as aside, open(aside, "wb") as file:
-                kept.seek(0)
-                shutil.copyfileobj(kept, file)
-        except OSError as error:
-            give_out(error)
 
 
 @contextlib.contextmanager

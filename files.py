@@ -84,6 +84,8 @@ def check_writable(flag: str, path: str | os.PathLike[str]) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # a device, a FIFO: it would be replaced, not written to
+            raise OSError(errno.EINVAL, "not a regular file")
         _try_writing(path.parent)
     except OSError as error:
         raise UserError(f"{flag} {one_line(path)}: can't be written: {error.strerror}; name another file") from None

@@ -114,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--format", choices=("text", "json", "csv"), default="text", help="default: text")
-    output.add_argument("--output", metavar="FILE", help="file to write instead of standard output")
+    output.add_argument("--output", metavar="FILE", help="file to write, when all is done, instead of standard output")
     output.add_argument("--embeddings", metavar="FILE.npz", help="write the features that enter the head, averaged")
     output.add_argument("--heatmap", metavar="DIR", help="draw where the network looked, one picture an image")
     output.add_argument("--boxes", action="store_true", help="the box around the strongest region of the heat map")
@@ -138,6 +138,11 @@ def parse_arguments() -> argparse.Namespace:
     for flag in ("output", "embeddings"):
         if path := getattr(arguments, flag):
             check_writable(f"--{flag}", path)
+            if os.path.islink(path):
+                setattr(arguments, flag, os.path.realpath(path))
+    both = [os.path.realpath(path) for path in (arguments.output, arguments.embeddings) if path]
+    if len(set(both)) < len(both):
+        raise UserError(f"--embeddings {arguments.embeddings}: the file of --output; name another")
     if arguments.heatmap is not None:
         check_folder("--heatmap", arguments.heatmap)
     return arguments
@@ -169,6 +174,11 @@ def main() -> int:
     first, step = shard_of(arguments.shard)
     run = newest_run() if arguments.run is None else Run(arguments.run)
     files = find_files(arguments.images)
+    if isinstance(files, list):
+        photographs = {os.path.realpath(path) for path in files}
+        for flag, place in (("--output", arguments.output), ("--embeddings", arguments.embeddings)):
+            if place and os.path.realpath(place) in photographs:
+                raise UserError(f"{flag} {place}: one of the images to predict: name another file")
     devices.use_threads(run.config().threads)
     devices.grow_gpu_memory()
     drawing = arguments.heatmap is not None or arguments.boxes

@@ -103,6 +103,8 @@ class Predictor:
         heatmaps: bool = False,
         unknown_rate: float | None = None,
     ):
+        if batch_size < 1 or (tta is not None and tta < 0):
+            raise UserError(f"batch_size {batch_size} must be at least 1, and tta {tta} at least 0")
         run = run if isinstance(run, Run) else Run(run)
         config = run.config()
         self.class_names = config.class_names

@@ -11,7 +11,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,10 +108,14 @@ class Replicas:
         """The largest of the workers' values, below 2^24. Every worker has to call it."""
         return int(self.gather(np.array([[value]], np.float32)).max())
 
+    def wait(self) -> None:
+        """Until all workers come here."""
+        self.largest(0)
+
     def leave(self) -> None:
         """Waits until all workers come here: one that ends earlier takes with it what others are still to receive."""
         with contextlib.suppress(tf.errors.OpError):  # the others have what they need, and may end first
-            self.largest(0)
+            self.wait()
 
     @functools.cached_property
     def _gather(self) -> Any:
@@ -123,17 +128,22 @@ class Replicas:
 
         return gather
 
-    def check_equal(self, value: int, what: str) -> None:
-        """Raises UserError, naming the first worker whose 32-bit `value` is not the chief's."""
-        halves = self.gather(np.array([[value >> 16, value & 0xFFFF]], np.float32))
+    def check_equal(self, variables: Iterable[tf.Variable]) -> None:
+        """Raises UserError where the variables of a worker are not those of the chief, bit for bit."""
+        if self.workers == 1:
+            return
+        checksum = 0
+        for variable in variables:
+            checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
+        halves = self.gather(np.array([[checksum >> 16, checksum & 0xFFFF]], np.float32))
         if len(others := np.flatnonzero((halves != halves[0]).any(axis=1))):
             raise UserError(
-                f"worker {others[0]} has other {what} than worker 0: give all workers the same files, the run's folder "
-                "on a file system that they share"
+                f"the variables of worker {others[0]} are not those of worker 0: give all workers the same code, "
+                "TensorFlow, kind of device and files, and the run's folder on a file system that they share"
             )
 
     @contextlib.contextmanager
-    def readable_failures(self) -> Iterator[None]:
+    def losses_explained(self) -> Iterator[None]:
         """Turns TensorFlow's error where another worker has gone into a UserError."""
         try:
             yield
@@ -160,8 +170,7 @@ def find_replicas(count: int) -> Replicas:
         raise UserError(f"--devices {count}: TensorFlow sees {len(gpus)} GPU")
     if gpus and count:
         tf.config.set_visible_devices(gpus[:count], "GPU")
-    cluster = _read_cluster(os.environ.get("TF_CONFIG", ""))
-    if cluster:
+    if cluster := read_cluster():
         return _join(*cluster)
     os.environ.pop("TF_CONFIG", None)  # TensorFlow fails where it is empty
     kind, count = ("GPU", count or len(gpus)) if gpus else ("CPU", count or 1)
@@ -173,8 +182,9 @@ def find_replicas(count: int) -> Replicas:
     return Replicas(tf.distribute.MirroredStrategy([f"{kind}:{number}" for number in range(count)]))
 
 
-def _read_cluster(text: str) -> tuple[list[str], int] | None:
+def read_cluster() -> tuple[list[str], int] | None:
     """The addresses of the workers and which of them this process is; None where TF_CONFIG names no other worker."""
+    text = os.environ.get("TF_CONFIG", "")
     if not text.strip():
         return None
     try:
@@ -209,7 +219,7 @@ if os.getppid() == int(parent):
 
 def _join(hosts: list[str], place: int) -> Replicas:
     """Waits for the other workers, at most CLUSTER_TIMEOUT seconds (an environment variable)."""
-    text = os.environ.get("CLUSTER_TIMEOUT", "300")
+    text = os.environ.get("CLUSTER_TIMEOUT") or "300"
     if not text.isdecimal():
         raise UserError(f"CLUSTER_TIMEOUT {one_line(text)!r}: not a number of seconds")
 
@@ -223,9 +233,12 @@ def _join(hosts: list[str], place: int) -> Replicas:
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         joined = Replicas(tf.distribute.MultiWorkerMirroredStrategy(), Share(place, len(hosts)))
-        joined.largest(0)
+        joined.wait()
     except (tf.errors.OpError, RuntimeError) as error:
-        raise UserError(f"TF_CONFIG: worker {place}, {hosts[place]}, can't join: {one_line(error)[:300]}") from None
+        raise UserError(
+            f"TF_CONFIG: worker {place}, {hosts[place]}, can't join, perhaps since another program has its port: "
+            f"{one_line(error)[:200]}"
+        ) from None
     finally:
         timer.kill()
         timer.wait()

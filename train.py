@@ -16,6 +16,7 @@ from console import ArgumentParser, Stopped, UserError, quiet_tensorflow, run_sc
 quiet_tensorflow()
 
 from devices import explain_gpu
+from replicas import read_cluster
 from run import Run
 from training.session import train
 from training.settings import Settings, add_flags
@@ -37,6 +38,8 @@ def parse_arguments(arguments: list[str]) -> tuple[str, str | None, Settings]:
 
 def main() -> int:
     data, run, settings = parse_arguments(sys.argv[1:])
+    if run is None and read_cluster():
+        raise UserError("TF_CONFIG names several workers: give all of them the same --run DIR, which they share")
     if run is None:
         key = json.dumps([data, settings.as_dict()], sort_keys=True)
         run = f"checkpoints/{time.strftime('%Y%m%d-%H%M%S')}-{hashlib.sha256(key.encode()).hexdigest()[:6]}"

@@ -471,7 +471,7 @@ def test_image_that_fails_only_when_it_is_decoded(runs, tmp_path, capfd):
 def test_out_of_memory_suggests_a_remedy():
     error = tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[64,64,224,224]")
     with (
-        pytest.raises(UserError, match=r"lower --batch-size, .*--accumulate 2.*OOM when allocating"),
+        pytest.raises(UserError, match=r"--accumulate 2 .*--auto-batch.*lower --batch-size \(OOM when allocating"),
         readable_failures(),
     ):
         raise error

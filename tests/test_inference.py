@@ -1,11 +1,12 @@
 """inference.py and the Predictor: streams, shards, test-time augmentation, thresholds, calibration, heat maps."""
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from PIL import Image
 
 import answers
 import data
-import files
 import inference
 import predictor as predictor_module
 import train
@@ -241,19 +241,80 @@ def test_results_of_a_full_disk_go_to_standard_output(
     expected = predicted(capfd, *photos[:3], "--run", trained, "--batch-size", 1)
     room = len("".join(json.dumps(line) + "\n" for line in expected[:2])) + 9
 
-    class SmallDisk(io.FileIO):
-        def write(self, content) -> int:
-            return super().write(content[: max(0, room - self.tell())])
+    def on_small_disk(file: io.FileIO, content: bytes) -> None:
+        part = content[: max(0, room - file.tell())]
+        file.write(part)
+        if len(part) < len(content):
+            raise OSError(28, "No space left on device")
 
-    def on_small_disk(path: str) -> io.FileIO:
-        with files.unnamed_beside(path) as file:
-            return SmallDisk(os.dup(file.fileno()), "rb+")
-
-    monkeypatch.setattr(answers, "unnamed_beside", on_small_disk)
+    monkeypatch.setattr(answers, "append", on_small_disk)
     flags = ("--run", trained, "--batch-size", 1, "--format", "json", "--output", tmp_path / "out.json")
     assert call(inference, *photos[:4], *flags) == 2
     captured = capfd.readouterr()
     assert [json.loads(line) for line in captured.out.splitlines()] == expected
+    assert "No space left on device; the results are on standard output" in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--output", "--embeddings"])
+def test_results_replace_no_device_and_no_photograph(
+    trained: Path, photos: list[str], tmp_path: Path, flag: str, capfd
+) -> None:
+    fifo, photograph = tmp_path / "fifo", tmp_path / "photo.jpg"
+    os.mkfifo(fifo)
+    shutil.copy(photos[0], photograph)
+    before = photograph.read_bytes()
+    (tmp_path / "link").symlink_to(photograph)
+    for place, words in (
+        (fifo, "not a regular file"),
+        (photograph, "one of the images"),
+        (tmp_path / "link", "one of"),
+    ):
+        assert call(inference, photograph, "--run", trained, flag, place) == 2
+        assert words in capfd.readouterr().err
+    assert fifo.is_fifo()
+    assert photograph.read_bytes() == before
+
+
+def test_a_link_is_followed_and_two_results_need_two_files(
+    trained: Path, photos: list[str], tmp_path: Path, capfd
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    assert call(inference, photos[0], "--run", trained, "--output", tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert photos[0] in (tmp_path / "target").read_text()
+    flags = ("--output", tmp_path / "target", "--embeddings", tmp_path / "link")
+    assert call(inference, photos[0], "--run", trained, *flags) == 2
+    assert "the file of --output" in capfd.readouterr().err
+
+
+def test_results_are_not_lost_where_the_embeddings_find_no_room(
+    trained: Path, photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    def without_room(file: io.FileIO, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    embedding_file = answers.embedding_file
+
+    @contextlib.contextmanager
+    def on_full_disk(path: str) -> Iterator[Callable[[predictor_module.Prediction], None]]:
+        with monkeypatch.context() as patch, embedding_file(path) as add:
+            append = vars(answers)["append"]
+
+            def add_without_room(prediction: predictor_module.Prediction) -> None:
+                if prediction.name == photos[2]:
+                    patch.setattr(answers, "append", without_room)
+                add(prediction)
+                patch.setattr(answers, "append", append)
+
+            yield add_without_room
+
+    monkeypatch.setattr(inference, "embedding_file", on_full_disk)
+    flags = ("--output", tmp_path / "out.txt", "--embeddings", tmp_path / "out.npz")
+    assert call(inference, *photos[:3], "--run", trained, *flags) == 2
+    captured = capfd.readouterr()
+    assert photos[0] in captured.out
+    assert photos[1] in captured.out
     assert "No space left on device; the results are on standard output" in captured.err
     assert list(tmp_path.iterdir()) == []
 

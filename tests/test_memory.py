@@ -71,6 +71,23 @@ def test_too_large_a_batch_is_computed_in_parts(
         assert other["accuracy"] == one["accuracy"]
 
 
+def test_a_run_that_has_begun_goes_on_in_parts(
+    memory: dict[str, int], sample_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = FLAGS[:-1]
+    assert call(train, sample_images, "--run", tmp_path / "whole", *plain) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_check_stop", lambda self: stop_at_step(self, 3))
+        assert call(train, sample_images, "--run", tmp_path / "parts", *plain) == 128 + signal.SIGTERM
+    memory["images"] = 4
+    assert call(train, sample_images, "--run", tmp_path / "parts", *plain) == 2
+    assert call(train, sample_images, "--run", tmp_path / "parts", *FLAGS) == 0
+    losses = [
+        [line["loss"] for line in Run(tmp_path / name).read_lines("metrics.jsonl")] for name in ("whole", "parts")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_trying_changes_nothing(memory: dict[str, int], sample_images: Path, tmp_path: Path) -> None:
     for name, flags in (("tried", FLAGS), ("plain", FLAGS[:-1])):
         assert call(train, sample_images, "--run", tmp_path / name, *flags) == 0

@@ -368,7 +368,7 @@ def test_predictions_are_not_lost_when_the_output_fails_in_the_end(begun, tmp_pa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("answers.replace_file", full)
+    monkeypatch.setattr("files.os.replace", full)
     image = next(begun[0].rglob("*.jpg"))
     assert call(inference, image, "--run", begun[1], "--output", tmp_path / "p.json", "--format", "json") == 2
     captured = capfd.readouterr()

@@ -160,7 +160,7 @@ def measure_input(arguments: argparse.Namespace, rounds: Rounds, stop: StopSigna
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="as for train.py")
-    add_flags(parser, train_from="conv5", batch_size=32)
+    add_flags(parser, without=("devices", "auto_batch"), train_from="conv5", batch_size=32)
 
 
 def steps_of(trainer: Trainer, phase: Phase, load: data.Load, labels: np.ndarray, order: data.Order) -> Candidate:

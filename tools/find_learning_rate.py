@@ -96,7 +96,7 @@ def main() -> int:
     parser.add_argument("data", metavar="DATA", help="as for train.py")
     parser.add_argument("--steps", type=int, default=200, help="steps of the test, rounded up to epochs (default: 200)")
     parser.add_argument("--output", default="learning-rate.png", help="picture to write; the numbers go beside it")
-    add_flags(parser, learning_rate=1.0, end_learning_rate=1e-6)
+    add_flags(parser, without=("devices", "auto_batch"), learning_rate=1.0, end_learning_rate=1e-6)
     values = vars(parser.parse_args())
     data_path, output, steps = values.pop("data"), values.pop("output"), values.pop("steps")
     if steps < 20:

@@ -29,6 +29,7 @@ from training.preparation import Prepared, prepare
 from training.settings import Settings, add_flags
 from training.step import compiled_forward, decay_over, predict
 
+IGNORED = ("examples_per_class", "train_from", "head_epochs", "epochs", "patience", "devices", "auto_batch")
 Row = tuple[int, int, float, float]  # images per class, seed, validation accuracy, validation loss
 
 
@@ -43,6 +44,8 @@ def learning_curve(settings: Settings, data_path: str, counts: list[int], seeds:
     position = {path: index for index, path in enumerate(train.paths)}
     pool = train.subset([position[path] for path in union])
     phase = prepared.config.phases[-1]
+    if not phase.views:
+        raise UserError("a learning curve is made from cached activations: give --cached-views 2")
     head = prepared.network.variables_from(phase.train_from)
     start = {name: variable.numpy() for name, variable in head.items()}
     rows: list[Row] = []
@@ -115,7 +118,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="runs for each number of images (default: 3)")
     parser.add_argument("--steps", type=int, default=300, help="training steps of a run (default: 300)")
     parser.add_argument("--output", default="learning-curve.png", help="picture to write; the numbers go beside it")
-    add_flags(parser, without=("examples_per_class", "train_from", "head_epochs", "epochs", "patience"))
+    add_flags(parser, without=IGNORED)
     values = vars(parser.parse_args())
     data_path, output, seeds, steps = (values.pop(name) for name in ("data", "output", "seeds", "steps"))
     counts = sorted(set(values.pop("examples_per_class")))

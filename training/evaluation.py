@@ -232,10 +232,11 @@ def readable_failures() -> Iterator[None]:
                 f"no space left: free some disk and run the same command again ({one_line(error.message)[-160:]})"
             ) from None
         if isinstance(error, tf.errors.ResourceExhaustedError):
-            cause = re.search(r"(OOM when allocating tensor [^\n]*?) (on|by) ", error.message)
+            found = re.search(r"(OOM when allocating tensor [^\n]*?) (on|by) ", error.message)
+            cause = found[1] if found else one_line(error.message)[:160]
             raise UserError(
-                "the device has not enough memory: lower --batch-size, or keep it and compute it in parts with "
-                f"--accumulate 2 or more, or --auto-batch ({cause[1] if cause else one_line(error.message)[:160]})"
+                "the device has not enough memory: compute a batch in parts with --accumulate 2 or more, or "
+                f"--auto-batch, also in a run that has begun; else lower --batch-size ({cause})"
             ) from None
         raise
 

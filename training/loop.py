@@ -82,8 +82,8 @@ class Keeper:
 
     def save(self) -> None:
         """A checkpoint that a resumed run continues from."""
-        tensors = {**self._trainer.state(), "progress": json.dumps(dataclasses.asdict(self.progress))}
         if self._trainer.replicas.is_chief:
+            tensors = {**self._trainer.state(), "progress": json.dumps(dataclasses.asdict(self.progress))}
             self._pacer.timed(lambda: self._run.save("latest", tensors, keep=2))
 
     def due(self, epoch_ends: bool) -> bool:
@@ -96,8 +96,8 @@ class Keeper:
         # Of equal accuracies the lower loss: on a small split many epochs tie, the first of them far from trained.
         better = (accuracy, -loss) > (progress.best_accuracy, -progress.best_loss)
         if better:
-            tensors = {**self._trainer.model.variables_by_name, "global_step": self._trainer.step}
             if self._trainer.replicas.is_chief:
+                tensors = {**self._trainer.model.variables_by_name, "global_step": self._trainer.step}
                 self._run.save("best", tensors, keep=1)
             progress.best_accuracy, progress.best_loss, progress.best_step = accuracy, loss, step
         progress.waited = 0 if better else progress.waited + 1
@@ -211,6 +211,7 @@ class Loop:
         replicas = self.trainer.replicas
         if replicas.workers == 1:  # none of several stops alone: the others would wait for it
             val_batches = self.stop.watch(val_batches, count, "validation", size=lambda batch: len(batch[0]))
+        replicas.check_equal(self.trainer.state().values())
         logits = replicas.gather(predict(forward, val_batches))
         if not np.isfinite(logits).all():
             first = int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])

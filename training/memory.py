@@ -11,7 +11,7 @@ from training.step import Trainer, decay_over
 
 
 def fitting_parts(make_trainer: Callable[[int], Trainer], phases: Sequence[Phase], rows: int, parts: int) -> int:
-    """The first of `parts`, 2 * `parts`, 4 * `parts`, ... with which a step of every phase fits the memory.
+    """`parts`, doubled until a step of every phase fits the memory, up to a part for each image.
 
     make_trainer: gives a trainer whose `accumulate` is its argument. rows: images of a step on one device.
     The real step is tried, without changing a variable. Raises UserError where not even single images fit.
@@ -27,7 +27,7 @@ def fitting_parts(make_trainer: Callable[[int], Trainer], phases: Sequence[Phase
 
 
 def _fits(trainer: Trainer, phase: Phase, rows: int) -> bool:
-    trainer.bad_step.assign(0)  # after a bad step no step changes a variable
+    trainer.bad_step.assign(0)  # after a step that was not finite none changes a variable: see `Trainer`
     x = tf.zeros([rows, *trainer.model.input_shape(phase.input_stage)])
     try:
         trainer.train_step(phase, decay_over(phase, trainer.settings))(x, tf.zeros([rows], tf.int64))

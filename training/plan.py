@@ -22,8 +22,9 @@ from training.settings import Settings, flag_name
 from training.step import Optimisation
 
 COLUMNS = ("image", "class", "split", "bytes", "modified_ns", "changed_ns", "content")
-# Settings that a resumed run may change: where things lie and are computed. `check_corrections` compares `relabel`.
-NOT_COMPARED = ("cache_dir", "devices", "image_root", "relabel")
+# Settings that a resumed run may change: where things lie and are computed, and in how many parts.
+# `check_corrections` compares `relabel`.
+NOT_COMPARED = ("accumulate", "auto_batch", "cache_dir", "devices", "image_root", "relabel")
 
 
 def list_images(settings: Settings, data_path: str) -> layouts.LabelledImages:

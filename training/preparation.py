@@ -141,7 +141,7 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     config = run.config()
     devices.use_threads(config.threads)
     uncorrected = plan.list_images(settings, data_path)
-    if settings.auto_batch:  # which found the parts when the run began
+    if settings.auto_batch and config.settings.get("auto_batch"):  # the parts that it found when the run began
         settings = dataclasses.replace(settings, accumulate=config.settings["accumulate"])
     plan.check_settings(run, config, settings)
     plan.check_corrections(run, config, plan.corrections(settings, uncorrected))

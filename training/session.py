@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,18 +59,18 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
     if prepared and any(phase.views for phase in prepared.config.phases):
         check_folder("--cache-dir", settings.cache_dir)
     with run.locked(), StopSignals() as stop:
-        if run.exists():  # perhaps since a moment ago
+        begins = not run.exists()  # another process may have made it a moment ago
+        if prepared is None or not begins:
             prepared = resume(run, settings, data_path)
-        assert prepared is not None
-        if not run.exists():
-            if settings.auto_batch:
-                prepared = _in_fitting_parts(prepared, replicas.count)
+        if settings.auto_batch and (begins or not run.config().settings.get("auto_batch")):
+            prepared = _in_fitting_parts(prepared, replicas.count)
+        if begins:
             plan.write_images(run, plan.record_images(prepared.found, prepared.examples, prepared.prints))
             run.create(prepared.config)
         for line in _introduction(run, prepared.config, prepared.found.remarks(), replicas):
             print(line, flush=True)
-        with readable_failures(), replicas.readable_failures():
-            replicas.largest(0)  # the other workers begin with the run as it is now
+        with readable_failures(), replicas.losses_explained():
+            replicas.wait()  # the other workers begin with the run as it is now
             results = _train(run, prepared, stop, replicas)
             replicas.leave()
             return results
@@ -79,8 +78,8 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
 
 def _train_with_chief(settings: Settings, data_path: str, run: Run, replicas: Replicas) -> dict[str, Any]:
     """`train` of a worker that computes with the chief and writes nothing."""
-    with StopSignals() as stop, readable_failures(), replicas.readable_failures():
-        replicas.largest(0)  # until the chief has made the run
+    with StopSignals() as stop, readable_failures(), replicas.losses_explained():
+        replicas.wait()  # until the chief has made the run
         if not run.exists():
             raise UserError(f"--run {run.path}: not here, but made by worker 0: name a folder that all workers share")
         results = _train(run, resume(run, settings, data_path), stop, replicas)
@@ -151,8 +150,8 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) 
     keeper = Keeper(run, trainer, settings.patience)
     keeper.restore()
     if replicas.strategy:
-        copy_variables(trainer.model, prepared.network)  # which computes what is not trained
-        replicas.check_equal(_checksum(trainer.state()), "variables to start from")
+        copy_variables(trainer.model, prepared.network)  # what was restored: it computes the cached activations
+        replicas.check_equal(trainer.state().values())
     if keeper.is_done() and (stored := _stored_results(run)):
         print("this run is complete: name a new --run to train again", flush=True)
         return stored
@@ -168,7 +167,7 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) 
         try:
             with readable_failures():
                 phase, loads = _train_phases(prepared, loop)
-                if not isinstance(log, Log):  # waits for the chief, which alone evaluates
+                if not isinstance(log, Log):  # not the chief, which alone evaluates: wait for its results below
                     accuracy, log_loss = replicas.gather(np.zeros((0, 2), np.float32))[0].tolist()
                     return {"accuracy": accuracy, "log_loss": log_loss}
                 results = _evaluate_best(run, prepared, log, keeper.progress.best_step, phase, loads, stop)
@@ -180,14 +179,6 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) 
     write_text(run.path / ".complete", "")  # a kill may have left results, but only half of them
     replicas.gather(np.array([[results["accuracy"], results["log_loss"]]], np.float32))
     return results
-
-
-def _checksum(variables: Mapping[str, tf.Variable]) -> int:
-    """32 bits that stand for the values."""
-    checksum = 0
-    for variable in variables.values():
-        checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
-    return checksum
 
 
 def _stored_results(run: Run) -> dict[str, Any] | None:
