@@ -1,7 +1,9 @@
 """What inference.py writes: predictions as text, JSON or CSV, and the files of --output and --embeddings."""
 
 import contextlib
+import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -78,20 +80,27 @@ def result_file(path: str) -> Iterator[Callable[[str], None]]:
     def write(piece: str) -> None:
         nonlocal size, rest
         rest = piece.encode(errors="backslashreplace")
+        assert file is not None
         append(file, rest)
         size, rest = size + len(rest), b""
 
-    with contextlib.ExitStack() as open_files:
-        try:
-            with replace_file(path) as aside:
-                file = open_files.enter_context(open(aside, "wb+", buffering=0))
-                yield write
-        except OSError as error:
-            file.seek(0)  # it can be read as long as it is open, whatever became of its name
-            for start in range(0, size, 1 << 20):
-                _to_stdout(file.read(min(size - start, 1 << 20)))
-            _to_stdout(rest)
-            raise UserError(f"--output {path}: {error.strerror}; the results are on standard output") from None
+    file: io.FileIO | None = None
+    try:
+        with replace_file(path) as aside:
+            file = open(aside, "wb+", buffering=0)  # noqa: SIM115  (it can be read whatever becomes of its name)
+            yield write
+    except OSError as error:
+        if file is None:
+            raise
+        file.seek(0)
+        for start in range(0, size, 1 << 20):
+            _to_stdout(file.read(min(size - start, 1 << 20)))
+        _to_stdout(rest)
+        what = f"--output {path}" if error.filename is None else os.fsdecode(error.filename)
+        raise UserError(f"{what}: {error.strerror}; the results are on standard output") from None
+    finally:
+        if file:
+            file.close()
 
 
 @contextlib.contextmanager

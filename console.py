@@ -153,6 +153,8 @@ def quiet_tensorflow() -> None:
     """
     sys.excepthook = _report_exception
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+        memory = min(memory, int(limit.read()))  # of a container; "max" where there is none
     os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
     os.environ.setdefault("TF_CPU_BFC_MEM_LIMIT_IN_MB", str(memory >> 20))
     for descriptor in range(3):  # one closed by the caller would go to the next file opened, and messages into that

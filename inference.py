@@ -54,6 +54,13 @@ def find_files(patterns: list[str]) -> list[str] | Iterator[str]:
     return files if "-" in patterns else list(files)
 
 
+def check_not_replaced(photographs: list[str], places: list[str]) -> bool:
+    """True; raises UserError where one of the photographs lies at one of the `places` of results."""
+    if places and (lost := set(places).intersection(map(os.path.realpath, photographs))):
+        raise UserError(f"{min(lost)}: one of the images to predict: name another file for the results")
+    return True
+
+
 def _paths_on_stdin() -> Iterator[str]:
     count = 0
     for line in sys.stdin.buffer:
@@ -174,11 +181,11 @@ def main() -> int:
     first, step = shard_of(arguments.shard)
     run = newest_run() if arguments.run is None else Run(arguments.run)
     files = find_files(arguments.images)
+    places = [os.path.realpath(path) for path in (arguments.output, arguments.embeddings) if path]
     if isinstance(files, list):
-        photographs = {os.path.realpath(path) for path in files}
-        for flag, place in (("--output", arguments.output), ("--embeddings", arguments.embeddings)):
-            if place and os.path.realpath(place) in photographs:
-                raise UserError(f"{flag} {place}: one of the images to predict: name another file")
+        check_not_replaced(files, places)
+    else:
+        files = (path for path in files if check_not_replaced([path], places))
     devices.use_threads(run.config().threads)
     devices.grow_gpu_memory()
     drawing = arguments.heatmap is not None or arguments.boxes

@@ -170,7 +170,10 @@ def find_replicas(count: int) -> Replicas:
         raise UserError(f"--devices {count}: TensorFlow sees {len(gpus)} GPU")
     if gpus and count:
         tf.config.set_visible_devices(gpus[:count], "GPU")
-    if cluster := read_cluster():
+    cluster = read_cluster()
+    if cluster and count and not gpus:
+        raise UserError(f"--devices {count}: divides a CPU on one machine only, not with the workers of TF_CONFIG")
+    if cluster:
         return _join(*cluster)
     os.environ.pop("TF_CONFIG", None)  # TensorFlow fails where it is empty
     kind, count = ("GPU", count or len(gpus)) if gpus else ("CPU", count or 1)

@@ -27,7 +27,7 @@ def fitting_parts(make_trainer: Callable[[int], Trainer], phases: Sequence[Phase
 
 
 def _fits(trainer: Trainer, phase: Phase, rows: int) -> bool:
-    trainer.bad_step.assign(0)  # after a step that was not finite none changes a variable: see `Trainer`
+    trainer.bad_step.assign(0)  # as if a step had not been finite: from there on a step changes no variable
     x = tf.zeros([rows, *trainer.model.input_shape(phase.input_stage)])
     try:
         trainer.train_step(phase, decay_over(phase, trainer.settings))(x, tf.zeros([rows], tf.int64))

@@ -98,6 +98,7 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
         hidden = list(row.fc(1))[:-1]
         has_fc = bool(hidden) and all(f"{row.scope or settings.network}/{stage}/weights" in arrays for stage in hidden)
         head, why = "fc" if has_fc else "gap", f"the weights bring {'' if has_fc else 'no '}fc6 and fc7"
+        why = why if hidden else f"{settings.network} has no fc6 and fc7"
     model = ModelRecord(settings.network, head, len(found.class_names), settings.image_size, settings.seed)
     dtype = devices.compute_dtype(settings.precision)
     try:

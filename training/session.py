@@ -58,7 +58,7 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
     prepared = None if run.exists() else prepare(settings, data_path, command)
     if prepared and any(phase.views for phase in prepared.config.phases):
         check_folder("--cache-dir", settings.cache_dir)
-    with run.locked(), StopSignals() as stop:
+    with run.locked():
         begins = not run.exists()  # another process may have made it a moment ago
         if prepared is None or not begins:
             prepared = resume(run, settings, data_path)
@@ -69,8 +69,8 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
             run.create(prepared.config)
         for line in _introduction(run, prepared.config, prepared.found.remarks(), replicas):
             print(line, flush=True)
-        with readable_failures(), replicas.losses_explained():
-            replicas.wait()  # the other workers begin with the run as it is now
+        with StopSignals() as stop, readable_failures(), replicas.losses_explained():
+            replicas.largest(prepared.settings.accumulate)  # the other workers begin with the run as it is now
             results = _train(run, prepared, stop, replicas)
             replicas.leave()
             return results
@@ -78,13 +78,16 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
 
 def _train_with_chief(settings: Settings, data_path: str, run: Run, replicas: Replicas) -> dict[str, Any]:
     """`train` of a worker that computes with the chief and writes nothing."""
-    with StopSignals() as stop, readable_failures(), replicas.losses_explained():
-        replicas.wait()  # until the chief has made the run
+    with readable_failures(), replicas.losses_explained():
+        parts = replicas.largest(0)  # the chief's, when it has made the run
         if not run.exists():
             raise UserError(f"--run {run.path}: not here, but made by worker 0: name a folder that all workers share")
-        results = _train(run, resume(run, settings, data_path), stop, replicas)
-        replicas.leave()
-        return results
+        prepared = resume(run, settings, data_path)
+        settings = dataclasses.replace(prepared.settings, accumulate=parts)
+        with StopSignals() as stop:
+            results = _train(run, dataclasses.replace(prepared, settings=settings), stop, replicas)
+            replicas.leave()
+            return results
 
 
 def _check_devices(settings: Settings, replicas: Replicas) -> None:
@@ -172,7 +175,7 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) 
                     return {"accuracy": accuracy, "log_loss": log_loss}
                 results = _evaluate_best(run, prepared, log, keeper.progress.best_step, phase, loads, stop)
         except features.DamagedCache as damage:  # nothing was trained on it: the loop continues at the same step
-            Path(damage.path).unlink()
+            Path(damage.path).unlink(missing_ok=True)  # another worker may have been first
             if replicas.workers > 1:
                 raise UserError(f"{damage.path} was damaged and is deleted: start all workers again") from None
             print(f"cache      {one_line(damage.path)} is damaged: computed again", flush=True)

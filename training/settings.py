@@ -157,6 +157,8 @@ class Settings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
         """Of parsed flags, or of what `as_dict` gave."""
+        if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise UserError(f"the setting {min(unknown)} is of a later version: update")
         return cls(**{**values, "augment": tuple(values.get("augment", ()))})
 
 

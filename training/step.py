@@ -1,4 +1,4 @@
-"""Loss, learning-rate schedule, momentum SGD, the train step, and exact evaluation.
+"""Loss, learning-rate schedule, momentum SGD, and the train step.
 
 A step is two things that stay apart: gradients, which change nothing and may be those of a share of a batch, and one
 update, once all shares have been added up.
@@ -86,7 +86,7 @@ class Trainer(tf.Module):
         step: int64, steps done.
         momenta: {variable's name: accumulator of the same shape}.
         sums: loss, right predictions and examples since the last log event, float64 [3].
-        bad_step: int64, the first step whose loss was not finite, or -1; from there on no step changes a variable.
+        bad_step: int64, the first step whose loss or gradient was not finite, or -1; from there on no variable changes.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Trainer(tf.Module):
         trained = [self.model.variables_by_name[name] for name in names]
         spec = self.model.input_spec(phase.input_stage)
 
-        def on_device(x: tf.Tensor, first: tf.Tensor, labels: tf.Tensor) -> None:
+        def on_device(x: tf.Tensor, first: tf.Tensor | int, labels: tf.Tensor) -> None:
             rows = tf.shape(labels)[0]
             first += self.replicas.share.bounds(rows)[0]  # in the whole batch
             own_labels = labels[first : first + tf.shape(x)[0]]
