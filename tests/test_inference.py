@@ -258,7 +258,7 @@ def test_results_of_a_full_disk_go_to_standard_output(
 
 @pytest.mark.parametrize("flag", ["--output", "--embeddings"])
 def test_results_replace_no_device_and_no_photograph(
-    trained: Path, photos: list[str], tmp_path: Path, flag: str, capfd
+    trained: Path, photos: list[str], tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
     fifo, photograph = tmp_path / "fifo", tmp_path / "photo.jpg"
     os.mkfifo(fifo)
@@ -272,6 +272,9 @@ def test_results_replace_no_device_and_no_photograph(
     ):
         assert call(inference, photograph, "--run", trained, flag, place) == 2
         assert words in capfd.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(os.fsencode(photograph))))
+    assert call(inference, "-", "--run", trained, flag, photograph) == 2
+    assert "one of the images" in capfd.readouterr().err
     assert fifo.is_fifo()
     assert photograph.read_bytes() == before
 
