@@ -19,6 +19,7 @@ from console import StopSignals, UserError, one_line
 from dataset import images
 from exporting import graph
 from exporting.formats import FORMATS, Options, Photograph, is_decoded_alike, package
+from files import check_folder
 from model import Network
 from reports import metrics
 from run import Run
@@ -86,12 +87,11 @@ def _check_request(config: RunConfig, target: Path, form: str, options: Options)
         raise UserError(f"--input-size {options.input_size}: the network sees {least} px, so give {least} or more")
     if os.path.lexists(target):
         raise UserError(f"{target}: is there already, and is not replaced: name another file, or move it away")
-    if not target.parent.is_dir():
-        raise UserError(f"{target}: there is no folder {target.parent}: make it first")
     if form == "saved_model" and re.search(r"[\[\\\ud800-\udfff]", os.path.abspath(target)):
         raise UserError(f"{target}: TensorFlow loads no SavedModel at a path with [, \\ or other than UTF-8")
     for name in FORMATS[form].packages:
         package(name)
+    check_folder("OUT", target.parent)  # made where it is missing: serving/1 of a first export
 
 
 @contextlib.contextmanager

@@ -126,7 +126,7 @@ def saved_model(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(run: Run, tmp_path: Path, form: str, *flags: object) -> Path:
-    out = tmp_path / f"out.{form}"
+    out = tmp_path / "new" / f"out.{form}"  # in a folder that is not there
     assert call(export, "--run", run.path, "--format", form, out, *flags) == 0
     return out
 
@@ -362,7 +362,7 @@ def test_mistakes_are_one_line(run: Run, tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "there").write_text("mine")
     cases = {
         ("--format", "npz", tmp_path / "there"): "is there already",
-        ("--format", "npz", tmp_path / "no" / "out"): "make it first",
+        ("--format", "npz", "/proc/no/out"): "can't be written",
         ("--format", "saved_model", tmp_path / "a[b]"): "TensorFlow loads no SavedModel",
         ("--format", "onnx", tmp_path / "out", "--quantize", "int8"): "--quantize is for --format tflite, not for onnx",
         ("--format", "npz", tmp_path / "out", "--input-size", "64"): "--input-size is for --format tflite and onnx",
