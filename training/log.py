@@ -11,10 +11,13 @@ DUTY = 20.0  # checkpoints, and pictures, take at most one part in so many of th
 
 
 class Pacer:
-    """Says when something that costs time is due again, so that it takes at most 1 / DUTY of the time."""
+    """Says when something that costs time is due again, so that it takes at most 1 / DUTY of the time.
 
-    def __init__(self) -> None:
-        self._last, self._cost = time.monotonic(), 0.0
+    cost: seconds that it is taken to cost the first time.
+    """
+
+    def __init__(self, cost: float = 0.0) -> None:
+        self._last, self._cost = time.monotonic(), cost
 
     def elapsed(self) -> float:
         return time.monotonic() - self._last
@@ -54,7 +57,7 @@ class Log:
         config = run.config()
         metrics = run.read_lines("metrics.jsonl")
         self.events = EventWriter(run.path, config.settings, metrics, timing, adopt_unmarked=config.format < 2)
-        self._draws = Pacer()
+        self._draws = Pacer(cost=1.0)  # a run of seconds draws its curves once, in the end
         self.restart_clock(0)
 
     def restart_clock(self, images: int) -> None:
