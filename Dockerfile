@@ -32,8 +32,8 @@ RUN pip install -r /tmp/requirements.txt "${TENSORFLOW}"
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-# For GPUs of compute capability 9.0 and newer TensorFlow 2.21 has PTX only, which the driver compiles at the first start,
-# for minutes. The result is kept beside the cached activations, in the folder that people mount for them.
+# For GPUs of compute capability 9.0 and newer TensorFlow 2.21 has PTX only, which the driver compiles at the first
+# start, for minutes. The result is kept beside the cached activations, in the folder that people mount for them.
 ENV CUDA_CACHE_PATH=/app/features/cuda-kernels \
     CUDA_CACHE_MAXSIZE=4294967296
 

@@ -79,8 +79,8 @@ def _train_head(
     place[rows] = np.arange(len(chosen))
 
     def load(positions: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
-        in_pool = positions.map(lambda index, view: (tf.gather(rows, index), view))
-        return loads["train"](in_pool, batch_size).map(lambda x, row: (x, tf.gather(place, row)))
+        in_pool = positions.map(data.traced(lambda index, view: (tf.gather(rows, index), view)))
+        return loads["train"](in_pool, batch_size).map(data.traced(lambda x, row: (x, tf.gather(place, row))))
 
     order = data.Order(len(chosen), settings.batch_size, settings.seed, phase.views)
     end_step = -(-steps // order.epoch_steps) * order.epoch_steps

@@ -184,6 +184,8 @@ def _examples(
 
 def _bad_dropped(uncorrected: layouts.LabelledImages, found: layouts.LabelledImages) -> list[str]:
     """Relative names of the images that --relabel drops and that can't be decoded, for which they may be dropped."""
+    if found is uncorrected:
+        return []
     before, after = (
         {path for of_split in images.splits.values() for path in of_split.paths} for images in (uncorrected, found)
     )
