@@ -146,17 +146,9 @@ def quiet_tensorflow() -> None:
     Its own TF_CPP_MIN_LOG_LEVEL does not cover the lines written before logging is initialised, and an error line
     about a missing CUDA driver would be read as one. A user who sets TF_CPP_MIN_LOG_LEVEL sees all of them.
     From here on a program that is interrupted says so in one line.
-
-    On a CPU TensorFlow's own allocator keeps memory for the next step, which saves a tenth of the step: asking the
-    system for it again means to have it zeroed again. And where the machine's memory is used up, that is an error that
-    can be explained, and not the end of the process.
     """
     sys.excepthook = _report_exception
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
-        memory = min(memory, int(limit.read()))  # of a container; "max" where there is none
-    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
-    os.environ.setdefault("TF_CPU_BFC_MEM_LIMIT_IN_MB", str(memory >> 20))
+    set_tensorflow_defaults()
     for descriptor in range(3):  # one closed by the caller would go to the next file opened, and messages into that
         try:
             os.fstat(descriptor)
@@ -176,6 +168,22 @@ def quiet_tensorflow() -> None:
         finally:
             os.dup2(stderr_copy, 2)
             os.close(stderr_copy)
+
+
+def set_tensorflow_defaults() -> None:
+    """Environment variables for a faster TensorFlow on a CPU, where the user has not set them; before its import.
+
+    Its own allocator keeps memory for the next step, which saves a tenth of the step: asking the system for it again
+    means to have it zeroed again. And where the machine's memory is used up, that is an error that can be explained,
+    and not the end of the process. oneDNN, which TensorFlow takes by itself where there is AVX-512 alone, computes a
+    seventh faster with AVX2 too.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+        memory = min(memory, int(limit.read()))  # of a container; "max" where there is none
+    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
+    os.environ.setdefault("TF_CPU_BFC_MEM_LIMIT_IN_MB", str(memory >> 20))
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
 def _import_tensorflow() -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import glob
 import os
 import re
@@ -40,11 +41,21 @@ def compute_dtype(precision: str) -> tf.DType:
     if gpus:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0))
         return tf.bfloat16 if capability >= (8, 0) else tf.float32
+    return tf.bfloat16 if cpu_flags() & {"avx512_bf16", "amx_bf16"} else tf.float32
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What Linux says of the CPU, its instruction sets among it; empty where it says nothing."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").split())
+        return frozenset(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").split())
     except OSError:
-        flags = set()
-    return tf.bfloat16 if flags & {"avx512_bf16", "amx_bf16"} else tf.float32
+        return frozenset()
+
+
+def slow_filter_gradients() -> bool:
+    """Whether oneDNN's gradients of filters reach half of its other speed: on a CPU with AVX2 and no more."""
+    return not tf.config.list_physical_devices("GPU") and "avx2" in cpu_flags() and "avx512f" not in cpu_flags()
 
 
 def use_xla(setting: str, deterministic: bool) -> bool:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import tensorflow as tf
 
+import devices
+
 Shape = tuple[int, ...]
 Layer = Callable[[tf.Tensor], tf.Tensor]
 Build = Callable[["Variables", Shape], Layer]  # makes a stage, given the shape of one example that enters it
@@ -165,7 +167,7 @@ class Convolution(tf.Module):
         padding = self.padding
         if isinstance(padding, int):
             x, padding = pad(x, padding), "VALID"
-        x = tf.nn.conv2d(x, tf.cast(weights, x.dtype), strides=self.stride, padding=padding)
+        x = convolve(x, tf.cast(weights, x.dtype), self.stride, padding)
         x = x if offset is None else tf.nn.bias_add(x, tf.cast(offset, x.dtype))
         return tf.nn.relu(x) if self.relu else x
 
@@ -241,6 +243,44 @@ class PooledLinear(tf.Module):
         """[B, H, W, features] -> [B, classes]."""
         features = tf.reduce_mean(x, axis=[1, 2])
         return tf.nn.bias_add(tf.matmul(features, tf.reshape(self.weights, self.weights.shape[-2:])), self.biases)
+
+
+def convolve(x: tf.Tensor, weights: tf.Tensor, stride: int, padding: str) -> tf.Tensor:
+    """`tf.nn.conv2d`, where it is faster with a gradient of our own: same values, other rounding of the gradient."""
+    plain_3x3 = tuple(weights.shape[:2]) == (3, 3) and stride == 1 and padding == "SAME"
+    if plain_3x3 and weights.shape[2] >= 16 and x.dtype == tf.float32 and devices.slow_filter_gradients():
+        return convolve_3x3(x, weights)
+    return tf.nn.conv2d(x, weights, strides=stride, padding=padding)
+
+
+@tf.custom_gradient
+def convolve_3x3(x: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """A 3x3 convolution with zeros around, [B, H, W, C] -> [B, H, W, outputs], which differentiates as products.
+
+    The gradient of the filters is three products of matrices, one for each of their rows: dw[i, j] is the sum over all
+    positions of x[y + i - 1, x + j - 1]^T dy[y, x]. With oneDNN on AVX2 that takes a quarter less time than its own.
+    """
+
+    def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        batch, height, width = tf.unstack(tf.shape(x)[:3])
+        channels, outputs = weights.shape[2:]
+        of_input = tf.raw_ops.Conv2DBackpropInput(
+            input_sizes=tf.shape(x), filter=weights, out_backprop=upstream, strides=[1, 1, 1, 1], padding="SAME"
+        )
+        # The three columns side by side as channels, [positions, 3 * channels]. A row of the filters is then a shift
+        # by whole rows of the image, a slice that TensorFlow does not copy; zeros below each image keep its
+        # positions away from those of the next.
+        padded = pad(x, 1)
+        columns = tf.concat([padded[:, :, j : j + width] for j in range(3)], axis=-1)
+        columns = tf.reshape(columns, [-1, 3 * channels])
+        upstream = tf.reshape(tf.pad(upstream, [[0, 0], [0, 2], [0, 0], [0, 0]]), [-1, outputs])
+        count = batch * (height + 2) * width - 2 * width
+        products = [
+            tf.matmul(columns[i * width : i * width + count], upstream[:count], transpose_a=True) for i in range(3)
+        ]
+        return of_input, tf.reshape(tf.stack(products), weights.shape)
+
+    return tf.nn.conv2d(x, weights, strides=1, padding="SAME"), gradient
 
 
 def pad(x: tf.Tensor, pixels: int) -> tf.Tensor:

@@ -15,10 +15,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from console import exit_status
+from console import exit_status, set_tensorflow_defaults
 
-# Before any test module imports TensorFlow or matplotlib.
+# Before any test module imports TensorFlow or matplotlib: a run in this process has the bits of a script's run.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+set_tensorflow_defaults()
 os.environ["MPLBACKEND"] = "Agg"
 
 ROOT = Path(__file__).resolve().parent.parent

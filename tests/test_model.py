@@ -1,5 +1,6 @@
 """The network against TF-Slim's published table, Keras' own VGG19 and formulas written out in NumPy."""
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -282,6 +283,7 @@ def test_bfloat16_computes_the_convolutions_only(narrow: str) -> None:
 
 
 def test_compute_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(devices, "cpu_flags", functools.cache(devices.cpu_flags.__wrapped__))
     assert compute_dtype("float32") == tf.float32
     assert compute_dtype("bfloat16") == tf.bfloat16
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["gpu"])
@@ -293,4 +295,5 @@ def test_compute_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, tmp
     for flags, expected in (("avx2 avx512f", tf.float32), ("avx512f avx512_bf16", tf.bfloat16)):
         (tmp_path / "cpuinfo").write_text(f"flags\t: fpu {flags} sse\n")
         monkeypatch.setattr(devices, "Path", lambda _: tmp_path / "cpuinfo")
+        devices.cpu_flags.cache_clear()
         assert compute_dtype("auto") == expected

@@ -14,10 +14,11 @@ import skimage.data
 import tensorflow as tf
 
 import data
+import devices
 import model
 from console import UserError
 from model import Network, variable_shapes
-from networks.layers import Architecture, Convolution, Norm, PooledLinear, Residual, Sequential, Variables
+from networks.layers import Architecture, Convolution, Norm, PooledLinear, Residual, Sequential, Variables, convolve_3x3
 from networks.vgg import MEAN_RGB, vgg
 from tests.tiny_networks import filled, random_values, tiny_inception, tiny_resnet
 from weights import names_inception, names_resnet
@@ -487,3 +488,55 @@ def test_the_forward_pass_of_vgg_is_bit_for_bit_the_formula(
             x = tf.nn.bias_add(x, biases)
             x = x if layer == "fc8" else tf.nn.relu(x)
     assert np.array_equal(built.forward(images).numpy(), x.numpy())
+
+
+# -- the gradient of 3x3 filters ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width"), [(2, 5, 7), (3, 7, 5), (1, 1, 1), (2, 1, 4), (1, 2, 2), (0, 4, 4)]
+)
+def test_the_gradients_of_a_3x3_convolution_are_those_of_tensorflow(batch: int, height: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    x, weights, factor = (
+        tf.constant(rng.normal(size=shape).astype(np.float32))
+        for shape in ((batch, height, width, 16), (3, 3, 16, 8), (batch, height, width, 8))
+    )
+
+    def results(convolve: Callable[[], tf.Tensor]) -> list[tf.Tensor]:
+        @tf.function(autograph=False)
+        def differentiate() -> list[tf.Tensor]:
+            with tf.GradientTape() as tape:
+                tape.watch([x, weights])
+                y = convolve()
+            return [y, *tape.gradient(y, [x, weights], output_gradients=factor)]
+
+        return differentiate()
+
+    ours = results(lambda: convolve_3x3(x, weights))
+    theirs = results(lambda: tf.nn.conv2d(x, weights, strides=1, padding="SAME"))
+    for actual, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_step_has_the_gradient_of_filters_that_is_faster_on_the_cpu(
+    ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU, an AVX-512 and other dtypes keep TensorFlow's; so do strides, other kernels and images themselves."""
+    monkeypatch.setattr(devices, "slow_filter_gradients", lambda: ours)
+
+    def gradients_by_tensorflow(dtype: tf.DType) -> int:
+        network = Network("vgg_19", "gap", 3, 32, compute_dtype=dtype)
+
+        @tf.function(autograph=False)
+        def gradients(x: tf.Tensor) -> list[tf.Tensor]:
+            with tf.GradientTape() as tape:
+                logits = network.forward(x)
+            return tape.gradient(logits, list(network.variables_by_name.values()))
+
+        graph = gradients.get_concrete_function(tf.TensorSpec([2, 32, 32, 3])).graph
+        return sum(op.type == "Conv2DBackpropFilter" for op in graph.get_operations())
+
+    assert gradients_by_tensorflow(tf.float32) == (1 if ours else 16)
+    assert gradients_by_tensorflow(tf.bfloat16) == 16
