@@ -172,7 +172,7 @@ def test_the_check_finds_losses_that_differ(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_the_speeds_of_the_check_are_measured_at_a_tiny_size(capfd: pytest.CaptureFixture[str]) -> None:
-    assert call(gpu_check, "--tiny", "--parts", "ceiling", "input") == 0
+    assert call(gpu_check, "--tiny", "--parts", "ceiling", "input", "program") == 0
     shown = capfd.readouterr().out
     assert "TFLOP/s" in shown
     assert "input pipeline" in shown

@@ -5,11 +5,13 @@ it runs on a CPU, with tiny sizes, to test itself.
 """
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -105,6 +107,19 @@ def check_losses(check: Check) -> Iterator[Row]:
             difference = float(np.abs(actual / expected - 1).max())
             what = f"losses of {steps} steps, {dtype.name}{', XLA' if compile == 'on' else ''}"
             yield what, verdict(difference < tolerance), f"at most {difference:.1e} from the CPU's, of {tolerance}"
+
+
+def check_program(check: Check) -> Iterator[Row]:
+    """What XLA makes of the training step of a small network: the instructions that start one after another."""
+    with tf.device(check.device):
+        step = step_of(new_trainer(Network("small", "gap", CLASSES, 32), "on"))
+        inspect = step.experimental_get_compiler_ir(*map(tf.constant, noise(8, 32)))  # type: ignore[attr-defined]
+    before, after = (
+        Counter(re.findall(r"(?m)^ +(?:ROOT )?\S+ = .*? ([a-z-]+)\(", text[text.index("\nENTRY") :]))
+        for text in (inspect(stage="hlo"), inspect(stage="optimized_hlo"))
+    )
+    remark = f"instructions of the {before.total()} that were traced, {after['fusion']} of them fused"
+    yield "step as XLA compiles it", str(after.total()), remark
 
 
 def make_pictures(folder: Path, per_class: int, side: int) -> Examples:
@@ -295,6 +310,7 @@ def check_input(check: Check) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Check], Iterator[Row]]] = {
     "losses": check_losses,
+    "program": check_program,
     "ceiling": check_ceiling,
     "pytorch": check_pytorch,
     "speed": check_speed,
