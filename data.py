@@ -17,6 +17,8 @@ from dataset import images
 from dataset.layouts import Examples
 from replicas import ALL, Share
 
+DECODE = ("full", "scaled")
+SCALED_SIDE = 4  # times the network's input: what a JPEG that is decoded `scaled` keeps at least
 AUGMENTATIONS = ("flip", "rotate", "shear", "zoom", "color")
 CENTRAL_VIEW = -1  # the view of validation and inference; views 0, 1, 2, ... are random crops
 
@@ -35,6 +37,8 @@ class Preprocessing:
     crop_margin: the crop is a square of side min(h, w) - 2 * margin, pixels.
     augment: names out of `AUGMENTATIONS`; for random views only.
     mean_rgb, std_rgb: of each channel, in 0..255; the network sees (value - mean) / std.
+    decode: `full`, or `scaled`: a JPEG whose crop would be 8, 16 or 32 times image_size is decoded at 1/2, 1/4 or 1/8
+        of its size (docs/benchmarks.md has the difference); the margin is that of the whole picture, divided alike.
     """
 
     image_size: int = 224
@@ -42,13 +46,21 @@ class Preprocessing:
     augment: tuple[str, ...] = ()
     mean_rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    decode: str = "full"
+
+    @property
+    def least_side(self) -> int:
+        """Pixels that the sides of a JPEG keep when it is decoded at a part of its size; 0: it never is."""
+        return SCALED_SIDE * self.image_size + 2 * self.crop_margin if self.decode == "scaled" else 0
 
 
-def central_crop(size: tf.Tensor, margin: int) -> tuple[tf.Tensor, tf.Tensor]:
+def central_crop(size: tf.Tensor, margin: int, reduction: tf.Tensor | int = 1) -> tuple[tf.Tensor, tf.Tensor]:
     """(top, left), int32 [2], and side, int32 [], of the central square of an image whose height and width are `size`.
 
-    The margin shrinks to a quarter of a short side under 40 px.
+    `margin`: of the image before its sides were divided by `reduction`. It shrinks to a quarter of a short side under
+    40 px.
     """
+    margin = (margin + reduction // 2) // reduction  # rounded
     short = tf.reduce_min(size)
     side = short - 2 * tf.minimum(margin, short // 4)
     return (size - side) // 2, side
@@ -65,15 +77,17 @@ def preprocess(
     seed: tf.Tensor | None = None,
     random: tf.Tensor | bool = True,
     resize: Callable[[tf.Tensor, int], tf.Tensor] = area_resize,
+    reduction: tf.Tensor | int = 1,
 ) -> tf.Tensor:
     """The one way from a decoded image, uint8 [H, W, 3] RGB, to the network's input, float32 [S, S, 3].
 
     A square crop, area resize, minus the mean, divided by the deviation. The crop is central, or random and augmented
     where there is a `seed`, int [2], and `random`, bool [], holds. Pure TensorFlow, so that it can live in an exported
-    model; `resize` is another form of the same for formats that lack an operation.
+    model; `resize` is another form of the same for formats that lack an operation. `reduction`, int32 []: what the
+    sides of the image were divided by when it was decoded.
     """
     size = tf.shape(image)[:2]
-    corner, side = central_crop(size, spec.crop_margin)
+    corner, side = central_crop(size, spec.crop_margin, reduction)
     if seed is not None:
         room = size - side
         fraction = tf.random.stateless_uniform([2], seed)  # [0, 1)
@@ -136,10 +150,6 @@ def _warp(image: tf.Tensor, angle: tf.Tensor, shear: tf.Tensor, scale: tf.Tensor
     )[0]
 
 
-def _read(path: bytes) -> np.ndarray:
-    return images.read_image(os.fsdecode(path))
-
-
 def image_loader(examples: Examples, spec: Preprocessing, view_seed: int) -> Load:
     """Loads the images of `examples`: x is [B, S, S, 3] float32.
 
@@ -147,13 +157,19 @@ def image_loader(examples: Examples, spec: Preprocessing, view_seed: int) -> Loa
     """
     paths = tf.constant([os.fsencode(path) for path in examples.paths])
 
+    def read(path: bytes) -> tuple[np.ndarray, np.int32]:
+        pixels, reduction = images.read_reduced(os.fsdecode(path), spec.least_side)
+        return pixels, np.int32(reduction)
+
     @traced
     def load_one(index: tf.Tensor, view: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         # Python reads the file since it must read every format; decoding leaves the interpreter free to do the next.
-        image = tf.numpy_function(_read, [tf.gather(paths, index)], tf.uint8, stateful=False)
+        path, types = tf.gather(paths, index), (tf.uint8, tf.int32)
+        image, reduction = tf.numpy_function(read, [path], types, stateful=False)
         image.set_shape([None, None, 3])
+        reduction.set_shape([])
         seed = tf.random.experimental.stateless_fold_in(tf.stack([tf.constant(view_seed, tf.int64), index]), view)
-        return preprocess(image, spec, seed, view != CENTRAL_VIEW), index
+        return preprocess(image, spec, seed, view != CENTRAL_VIEW, reduction=reduction), index
 
     def load(positions: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
         return positions.map(load_one, num_parallel_calls=cores()).batch(batch_size)

@@ -31,6 +31,7 @@ class HeatMap:
 
     values: float32 [h, w], what each position of the crop adds to the logit; see `attribution.class_maps`.
     size: height and width of the photograph, upright, in pixels; crop: top, left and side of the square that was seen.
+        Of a photograph that was decoded at 1/n of its size, multiples of n.
     picture: uint8 [H', W', 3], the whole photograph, reduced to sides of at most `PICTURE_SIDE`.
     """
 
@@ -71,6 +72,7 @@ class _Loaded:
 
     name: str
     views: tf.Tensor | None = None
+    reduction: int = 1
     size: tuple[int, int] = (0, 0)
     picture: np.ndarray | None = None
     error: str = ""
@@ -114,13 +116,15 @@ class Predictor:
         self._known = None if unknown_rate is None else _Known(run, unknown_rate)
         side = self._spec.image_size
 
-        @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)], autograph=False)
-        def views(image: tf.Tensor) -> tf.Tensor:
-            central = data.preprocess(image, self._spec)
+        @tf.function(
+            input_signature=[tf.TensorSpec([None, None, 3], tf.uint8), tf.TensorSpec([], tf.int32)], autograph=False
+        )
+        def views(image: tf.Tensor, reduction: tf.Tensor) -> tf.Tensor:
+            central = data.preprocess(image, self._spec, reduction=reduction)
             if tta is None:
                 return central[tf.newaxis]
             random = tf.map_fn(
-                lambda view: data.preprocess(image, self._spec, tf.stack([0, view])),
+                lambda view: data.preprocess(image, self._spec, tf.stack([0, view]), reduction=reduction),
                 tf.range(tta),
                 fn_output_signature=tf.TensorSpec([side, side, 3], tf.float32),
             )
@@ -165,13 +169,16 @@ class Predictor:
 
     def _load(self, source: Source) -> _Loaded:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+        reduction, least = 1, self._spec.least_side
         try:
             if isinstance(source, np.ndarray):
                 image = source
                 if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                     raise ValueError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+            elif isinstance(source, bytes):
+                image, reduction = images.decode_reduced(source, name, least)
             else:
-                image = images.decode_image(source, name) if isinstance(source, bytes) else images.read_image(source)
+                image, reduction = images.read_reduced(source, least)
         except images.ImageError as error:
             return _Loaded(name, error=error.reason)
         picture = None
@@ -179,7 +186,7 @@ class Predictor:
             reduced = PIL.Image.fromarray(image)
             reduced.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
             picture = np.asarray(reduced)
-        return _Loaded(name, self._views(image), image.shape[:2], picture)
+        return _Loaded(name, self._views(image, reduction), reduction, image.shape[:2], picture)
 
     def _predict_batch(self, batch: Sequence[_Loaded]) -> Iterator[Prediction]:
         if not batch:
@@ -194,9 +201,9 @@ class Predictor:
         for row, item in enumerate(batch):
             heatmap = None
             if maps is not None and item.picture is not None:
-                (top, left), side = data.central_crop(tf.constant(item.size), self._spec.crop_margin)
-                crop = int(top), int(left), int(side)
-                heatmap = HeatMap(maps[row].numpy(), item.size, crop, item.picture)
+                corner, side = data.central_crop(tf.constant(item.size), self._spec.crop_margin, item.reduction)
+                height, width, top, left, length = (int(n) * item.reduction for n in (*item.size, *corner, side))
+                heatmap = HeatMap(maps[row].numpy(), (height, width), (top, left, length), item.picture)
             unknown = None if self._known is None else bool(is_unknown[row])
             of_image = probabilities[row], features[row].numpy()
             yield Prediction(item.name, self.class_names, "", *of_image, heatmap, unknown)

@@ -12,6 +12,7 @@ import numpy as np
 import simplejpeg
 
 MAX_SCANS = 200  # encoders write 10, careful ones up to 100; each costs the time of a whole picture
+REDUCTIONS = (1, 2, 4, 8)  # of the sides of a picture, by an inverse transform of fewer frequencies
 SOF, PROGRESSIVE = (0xC0, 0xC1, 0xC2), 0xC2  # frames that libjpeg decodes
 SOS, EOI = 0xDA, 0xD9  # the start of a scan, the end
 # A marker: no stuffed byte (00), fill byte (FF), restart within a scan (D0 to D7) or TEM (01), which have no length.
@@ -64,13 +65,21 @@ def header(head: bytes) -> Header | None:
     return None
 
 
-def decode(contents: bytes) -> np.ndarray | None:
+def reduction(width: int, height: int, least: int) -> int:
+    """The greatest of `REDUCTIONS` by which both sides can be divided and stay at least `least`; 0: 1."""
+    return max(n for n in REDUCTIONS if n == 1 or (least and min(width, height) >= n * least))
+
+
+def decode(contents: bytes, size: tuple[int, int] = (0, 0)) -> np.ndarray | None:
     """The pixels of a JPEG in grey or colour, uint8 [H, W, 3] RGB as stored; None where anything in it is odd.
+
+    With a `size`, (height, width), a half, a quarter or an eighth of its own, rounded up, it is decoded at that size:
+    of each block of 8x8 the inverse transform takes the lowest frequencies alone.
 
     By libjpeg-turbo in its default, most accurate way, as Pillow does it and with the same bits, but without Pillow's
     two copies. What is odd is left to Pillow, which tolerates some of it and has the words for the rest.
     """
     try:
-        return simplejpeg.decode_jpeg(contents, strict=True)
+        return simplejpeg.decode_jpeg(contents, strict=True, min_height=size[0], min_width=size[1])
     except (ValueError, MemoryError):
         return None

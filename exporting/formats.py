@@ -74,9 +74,10 @@ def open_saved_model(path: Path, model: graph.Model) -> Answer:
 
     def answer(photograph: Photograph) -> np.ndarray:
         image = tf.constant(photograph.pixels)
-        # Whatever the files are, the signature that decodes is asked about the same picture.
-        alike = is_decoded_alike(photograph)
-        contents = tf.io.read_file(photograph.path) if alike else tf.io.encode_png(image)
+        # Whatever the files are, the signature that decodes is asked about the same picture, at its full size.
+        contents = tf.io.read_file(photograph.path)
+        reduced = graph.jpeg_reduction(contents, model.preprocessing.least_side) > 1
+        contents = tf.io.encode_png(image) if reduced or not is_decoded_alike(photograph) else contents
         answers = (
             loaded["serving_default"](image_bytes=contents[tf.newaxis]),
             loaded["images"](images=image[tf.newaxis]),

@@ -1,10 +1,12 @@
 """From a photograph to probabilities as TensorFlow functions that can be saved and converted."""
 
+import functools
 from dataclasses import dataclass
 
 import tensorflow as tf
 
 from data import Preprocessing, preprocess
+from dataset.jpeg import REDUCTIONS
 from model import Network
 
 HEADER_BYTES = 1 << 18  # of a JPEG, in which its EXIF block is looked for; each block before it has at most 64 KiB
@@ -106,7 +108,10 @@ def signatures(model: Model) -> dict[str, tf.types.experimental.PolymorphicFunct
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")], autograph=False)
     def of_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        prepare = lambda contents: preprocess(decode(contents), spec)  # noqa: E731
+        def prepare(contents: tf.Tensor) -> tf.Tensor:
+            reduction = jpeg_reduction(contents, spec.least_side)
+            return preprocess(decode(contents, reduction), spec, reduction=reduction)
+
         return answer(tf.map_fn(prepare, image_bytes, fn_output_signature=network_input))
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")], autograph=False)
@@ -120,16 +125,42 @@ def signatures(model: Model) -> dict[str, tf.types.experimental.PolymorphicFunct
     return {"serving_default": of_bytes, "images": of_images, "preprocessed": of_preprocessed}
 
 
-def decode(contents: tf.Tensor) -> tf.Tensor:
+def jpeg_reduction(contents: tf.Tensor, least: int) -> tf.Tensor | int:
+    """What `dataset.images.decode_reduced` divides the sides of a picture by, int32 []; 1 where `least` is 0."""
+    if not least:
+        return 1
+
+    def of_jpeg() -> tf.Tensor:
+        short = tf.reduce_min(tf.image.extract_jpeg_shape(contents)[:2])
+        reductions = tf.constant(REDUCTIONS)
+        return tf.reduce_max(tf.where(short >= least * reductions, reductions, 1))
+
+    return tf.cond(_is_jpeg(contents), of_jpeg, lambda: 1)
+
+
+def _is_jpeg(contents: tf.Tensor) -> tf.Tensor:
+    return tf.strings.substr(contents, 0, 3) == b"\xff\xd8\xff"
+
+
+def decode(contents: tf.Tensor, reduction: tf.Tensor | int = 1) -> tf.Tensor:
     """The picture in the bytes of a JPEG, PNG, GIF or BMP file: string [] -> uint8 [H, W, 3] RGB, upright.
 
-    As `dataset.images.decode_image` reads it: JPEG with the accurate DCT and its EXIF orientation, PNG over white, of a
-    GIF the first frame. It differs where TensorFlow's decoders do: a GIF's transparency is black, a BMP's palette is
-    taken for grey, of 16-bit grey the high byte is taken, and an orientation in XMP or in a PNG is not seen.
+    Of a JPEG at 1/`reduction` of its size. As `dataset.images.decode_reduced` reads it: JPEG with the accurate DCT and
+    its EXIF orientation, PNG over white, of a GIF the first frame. It differs where TensorFlow's decoders do: a GIF's
+    transparency is black, a BMP's palette is taken for grey, of 16-bit grey the high byte is taken, and an orientation
+    in XMP or in a PNG is not seen.
     """
 
+    def jpeg_at(ratio: int) -> tf.Tensor:
+        return tf.io.decode_jpeg(contents, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE")
+
     def jpeg() -> tf.Tensor:
-        return _upright(tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE"), _orientation(contents))
+        if isinstance(reduction, int):
+            image = jpeg_at(reduction)
+        else:
+            place = tf.reduce_sum(tf.cast(tf.constant(REDUCTIONS) < reduction, tf.int32))
+            image = tf.switch_case(place, [functools.partial(jpeg_at, ratio) for ratio in REDUCTIONS])
+        return _upright(image, _orientation(contents))
 
     def png() -> tf.Tensor:
         rgba = tf.cast(tf.io.decode_png(contents, channels=4), tf.int32)
@@ -143,9 +174,8 @@ def decode(contents: tf.Tensor) -> tf.Tensor:
     def other() -> tf.Tensor:
         return tf.io.decode_image(contents, channels=3, expand_animations=False)
 
-    is_jpeg = tf.strings.substr(contents, 0, 3) == b"\xff\xd8\xff"
     is_png = tf.strings.substr(contents, 0, 4) == b"\x89PNG"
-    return tf.ensure_shape(tf.cond(is_jpeg, jpeg, lambda: tf.cond(is_png, png, other)), [None, None, 3])
+    return tf.ensure_shape(tf.cond(_is_jpeg(contents), jpeg, lambda: tf.cond(is_png, png, other)), [None, None, 3])
 
 
 def _orientation(contents: tf.Tensor) -> tf.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
+import skimage.data
 import tensorflow as tf
 from PIL import Image, ImageOps
 
@@ -16,6 +17,7 @@ import data
 from dataset import images, jpeg
 from dataset.images import ImageError, decode_image
 from dataset.layouts import Examples
+from exporting import graph
 from tools import benchmark_input
 
 ORIENTATION = 0x0112
@@ -222,3 +224,89 @@ def test_every_way_of_the_benchmark_reads_every_file(tmp_path: Path) -> None:
         (tmp_path / f"{number}.jpg").write_bytes(encode(photograph(60, 80)))
     ways = benchmark_input.candidates([str(path) for path in sorted(tmp_path.iterdir())])
     assert {way: run() for way, run in ways.items()} == dict.fromkeys(ways, 3)
+
+
+# -- a photograph decoded at a part of its size ------------------------------------------------------------------------
+
+
+def smooth_photograph(height: int, width: int) -> np.ndarray:
+    """A cat, as sharp as a camera's picture of many pixels: uint8 [H, W, 3]."""
+    large = Image.fromarray(skimage.data.chelsea()).resize((width, height), Image.Resampling.BICUBIC)
+    noise = np.random.default_rng(5).normal(0, 4, (height, width, 3))
+    return np.clip(np.asarray(large) + noise, 0, 255).astype(np.uint8)
+
+
+def scaled(image_size: int, crop_margin: int = 10) -> data.Preprocessing:
+    return data.Preprocessing(image_size, crop_margin, decode="scaled")
+
+
+def test_a_jpeg_is_reduced_only_where_its_crop_stays_four_times_the_input() -> None:
+    least = scaled(32).least_side
+    assert least == 4 * 32 + 2 * 10
+    assert data.Preprocessing(32).least_side == 0
+    for short, expected in ((2 * least - 1, 1), (2 * least, 2), (4 * least - 1, 2), (4 * least, 4), (9 * least, 8)):
+        assert jpeg.reduction(short, 10 * least, least) == jpeg.reduction(10 * least, short, least) == expected
+    assert jpeg.reduction(60_000, 60_000, 0) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"exif": entry("<", 6)}], ids=["plain", "scans", "exif"]
+)
+@pytest.mark.parametrize(
+    ("mode", "least", "reduction"), [("RGB", 60, 4), ("L", 100, 2), ("RGB", 30, 8), ("RGB", 200, 1)]
+)
+def test_reduced_pixels_are_those_of_pillow(options: dict, mode: str, least: int, reduction: int) -> None:
+    """And of TensorFlow in an export; Pillow reaches the same decoder by `draft`."""
+    contents = encode(smooth_photograph(251, 333), mode, **options)
+    pixels, found = images.decode_reduced(contents, "x", least)
+    assert found == reduction
+    reference = Image.open(io.BytesIO(contents))
+    if reduction > 1:
+        reference.draft(mode, (333 // reduction, 251 // reduction))
+    expected = np.asarray(ImageOps.exif_transpose(reference).convert("RGB"))
+    assert sorted(pixels.shape[:2]) == sorted((-(-251 // reduction), -(-333 // reduction)))
+    assert np.array_equal(pixels, expected)
+    export = tf.function(lambda text: (n := graph.jpeg_reduction(text, least), graph.decode(text, n)), autograph=False)
+    found_there, of_export = export(tf.constant(contents))
+    assert int(found_there) == reduction
+    assert np.array_equal(of_export, expected)
+
+
+def test_other_formats_and_cmyk_are_never_reduced() -> None:
+    pixels = smooth_photograph(120, 160)
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, kind, **options)
+        same, reduction = images.decode_reduced(buffer.getvalue(), "x", 10)
+        assert reduction == 1
+        assert np.array_equal(same, pixels)
+    of_print, reduction = images.decode_reduced(encode(pixels, "CMYK"), "x", 10)
+    assert (reduction, of_print.shape) == (1, pixels.shape)
+    assert int(graph.jpeg_reduction(tf.io.encode_png(pixels), 10)) == 1
+
+
+@pytest.mark.parametrize(("size", "reduction"), [((600, 800), 4), ((1200, 904), 4), ((2000, 1504), 8)])
+def test_a_scaled_input_is_the_exact_one_within_a_grey_level(size: tuple[int, int], reduction: int) -> None:
+    """The central view. The margin and the sides can be divided here, so that the crops are the same."""
+    contents = encode(smooth_photograph(*size), quality=95)
+    spec = scaled(32, crop_margin=8)
+    pixels, found = images.decode_reduced(contents, "x", spec.least_side)
+    assert found == reduction
+    reduced = data.preprocess(tf.constant(pixels), spec, reduction=reduction).numpy()
+    exact = data.preprocess(tf.constant(decode_image(contents, "x")), data.Preprocessing(32, 8)).numpy()
+    assert np.abs(reduced - exact).mean() < 0.5
+
+
+def test_the_loader_and_a_central_crop_know_the_reduction(tmp_path: Path) -> None:
+    path = tmp_path / "large.jpg"
+    path.write_bytes(encode(smooth_photograph(700, 640)))
+    spec = scaled(32, crop_margin=40)
+    load = data.image_loader(Examples((str(path),), np.zeros(1, np.int64)), spec, 0)
+    x, _ = next(iter(load(tf.data.Dataset.from_tensors((np.int64(0), np.int64(data.CENTRAL_VIEW))), 1)))
+    half, reduction = images.read_reduced(path, spec.least_side)
+    assert (reduction, half.shape) == (2, (350, 320, 3))
+    side = 320 - 2 * 20
+    expected = data.area_resize(half[35:-35, 20:-20], 32)
+    assert expected.shape == (32, 32, 3)
+    assert half[35:-35, 20:-20].shape[:2] == (side, side)
+    np.testing.assert_allclose(x[0], expected, atol=1e-4)

@@ -1,5 +1,6 @@
 """From JPEG files to the network's input, and what it replaces: the candidates of `tools.benchmark input`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,13 +44,18 @@ def candidates(paths: Sequence[str]) -> dict[str, Callable[[], int]]:
 
     The pipelines are built here, since a run builds its own once and not for every few hundred images.
     """
-    load = data.image_loader(Examples(tuple(paths), np.zeros(len(paths), np.int64)), SPEC, view_seed=1)
+    examples = Examples(tuple(paths), np.zeros(len(paths), np.int64))
     positions = tf.data.Dataset.range(len(paths)).map(lambda index: (index, tf.constant(0, tf.int64)))
     files = tf.data.Dataset.from_tensor_slices(list(paths))
+
+    def ours(spec: data.Preprocessing) -> tf.data.Dataset:
+        return data.image_loader(examples, spec, view_seed=1)(positions, BATCH).map(lambda x, _: x)
+
     pipelines = {
         PUBLISHED: files.map(published).batch(BATCH),
         "published, parallel calls": files.map(published, num_parallel_calls=cores()).batch(BATCH),
-        "ours": load(positions, BATCH).map(lambda x, _: x),
+        "ours": ours(SPEC),
+        "ours, --decode scaled": ours(dataclasses.replace(SPEC, decode="scaled")),
     }
     return {name: functools.partial(count, batches) for name, batches in pipelines.items()} | {
         "ours, reading alone": lambda: in_threads(images.read_image, paths),

@@ -122,7 +122,7 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
         head_reason=why,
         precision=dtype.name,
         preprocessing=data.Preprocessing(
-            settings.image_size, settings.crop_margin, settings.augment, row.mean_rgb, row.std_rgb
+            settings.image_size, settings.crop_margin, settings.augment, row.mean_rgb, row.std_rgb, settings.decode
         ),
         phases=plan.make_phases(settings, network, new, len(examples["train"])),
         pretrained=WeightsRecord(
