@@ -419,3 +419,29 @@ def test_a_bfloat16_run_is_exported_in_float32(run: Run, tmp_path: Path, capsys:
     assert lines[1] == "decoding   TensorFlow makes the same pixels of 16 of these 16 files as inference.py"
     (precision,) = (line for line in lines if line.startswith("precision  bfloat16"))
     assert 1e-5 < float(precision.split()[-1]) < 0.2
+
+
+def test_a_run_that_decodes_scaled_is_exported_so(
+    run: Run, files: Files, expected: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = tmp_path / "scaled"
+    shutil.copytree(run.path, changed)
+    config = json.loads((changed / "config.json").read_text())
+    config["preprocessing"]["decode"] = "scaled"
+    (changed / "config.json").write_text(json.dumps(config))
+    predictor = Predictor(Run(changed), heatmaps=True)
+    signatures = tf.saved_model.load(str(exported(Run(changed), tmp_path, "saved_model"))).signatures
+    turned = tmp_path / "turned.jpg"
+    turned.write_bytes(encoded(photograph(640, 1001), "JPEG", exif=exif(6)))
+    for path in (*files.values(), turned):
+        (answer,) = predictor.predict([path])
+        batch = signatures["serving_default"](image_bytes=tf.constant([path.read_bytes()]))
+        np.testing.assert_allclose(batch["probabilities"][0], answer.probabilities, rtol=0, atol=1e-5)
+        assert answer.heatmap is not None
+        if path == turned:  # decoded at 1/4: the crop is 160 - 2 * 3 of the pixels there
+            assert answer.heatmap.size == (1004, 640)
+            assert answer.heatmap.crop == (192, 12, 4 * 154)
+        elif path == files["2000x3000"]:  # at 1/8, so that another answer shows that it was
+            assert np.abs(answer.probabilities - expected["2000x3000"]).max() > 1e-4
+        else:
+            np.testing.assert_allclose(answer.probabilities, expected[path.name], rtol=0, atol=1e-5)
