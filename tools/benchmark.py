@@ -6,6 +6,7 @@ are printed, and with --record FILE appended to a file with the machine, the ver
 
 import argparse
 import dataclasses
+import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -128,6 +129,9 @@ def measure_network(arguments: argparse.Namespace, rounds: Rounds, stop: StopSig
     text = f"{dtype.name}, batch {arguments.batch_size}\n"
     products = measured.pop("product")
     text += comparison(measured)
+    if not arguments.peers:  # whose memory is in it
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        text += f"\nthis process took {peak:.2f} GiB of the host's memory at most"
     if place == 0 and first != network.stages[0]:
         return text  # how much of a backward pass that is, depends on the stage
     # On a shared CPU, by the time of its cores: both use all of them.

@@ -85,7 +85,7 @@ class Settings:
     decode: str = _setting(
         "full",
         "'scaled': a JPEG of more than 8 times the network's input is decoded at 1/2, 1/4 or 1/8 of its size, which "
-        "takes less than half the time; grey levels then differ by 0.1 on average",
+        "takes about half the time; grey levels then differ by 0.1 on average",
         choices=DECODE,
     )
     augment: tuple[str, ...] = _setting((), "random changes of training images beside the crop", choices=AUGMENTATIONS)
