@@ -119,8 +119,9 @@ def _own_data(
     except UserError as error:  # not a data set to train on, but perhaps one to score
         return None, [str(error)]
     paths = [path for of_split in examples.values() for path in of_split.paths]
-    prints = fingerprint_images(paths, plan.known_fingerprints(run, found.root), config.data.content)
-    changes = plan.image_changes(run, config, found, plan.record_images(found, examples, prints))
+    then = plan.read_images(run)
+    prints = fingerprint_images(paths, plan.known_fingerprints(then, found.root), config.data.content)
+    changes = plan.image_changes(config, found, then, plan.record_images(found, examples, prints))
     return (None if changes else found), changes
 
 

@@ -157,9 +157,10 @@ def read_images(run: Run) -> dict[str, Recorded]:
         return {}
 
 
-def known_fingerprints(run: Run, root: str) -> dict[str, Fingerprint]:
-    """{path below `root`: fingerprint} of the images that the run began with."""
-    return {os.path.join(root, name): image.fingerprint for name, image in read_images(run).items()}
+def known_fingerprints(then: Mapping[str, Recorded], root: str) -> dict[str, Fingerprint]:
+    """{path below `root`: fingerprint} of recorded images."""
+    start = os.path.join(root, "")
+    return {start + name: image.fingerprint for name, image in then.items()}
 
 
 def check_settings(run: Run, config: RunConfig, settings: Settings) -> None:
@@ -185,9 +186,13 @@ def check_corrections(run: Run, config: RunConfig, now: list[Correction]) -> Non
         )
 
 
-def image_changes(run: Run, config: RunConfig, found: layouts.LabelledImages, now: Mapping[str, Recorded]) -> list[str]:
-    """What has changed, in phrases, since the run began with its images; `now`: the images that it would use today."""
-    then = read_images(run)
+def image_changes(
+    config: RunConfig, found: layouts.LabelledImages, then: Mapping[str, Recorded], now: Mapping[str, Recorded]
+) -> list[str]:
+    """What has changed, in phrases, since the run began with its images, which are listed in `then` unless it is lost.
+
+    now: the images that it would use today.
+    """
     if then:
         both = [name for name in now if name in then]
         kinds = {

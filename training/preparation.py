@@ -149,9 +149,10 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     plan.check_corrections(run, config, plan.corrections(settings, uncorrected))
     found = apply_corrections(uncorrected, config.corrections)
     examples, listed = _examples(settings, found, uncorrected, config.excluded)
-    prints = fingerprint_images(_paths(listed), plan.known_fingerprints(run, found.root), config.data.content)
+    then = plan.read_images(run)
+    prints = fingerprint_images(_paths(listed), plan.known_fingerprints(then, found.root), config.data.content)
     recorded = plan.record_images(found, examples, prints)
-    if changes := plan.image_changes(run, config, found, recorded):
+    if changes := plan.image_changes(config, found, then, recorded):
         raise UserError(
             f"{run.path} can't be resumed: the images of {found.root} are not those that it began with: "
             f"{', '.join(changes)}; restore them, or name a new --run"
