@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -692,6 +693,7 @@ def test_find_faults_checks_few_files_ahead(monkeypatch: pytest.MonkeyPatch) -> 
     """Results that wait for whoever takes them would fill the memory, for 200,000 files."""
     begun: list[str] = []
     monkeypatch.setattr(images, "find_fault", lambda path, thorough, seen: begun.append(path))
+    monkeypatch.setattr(parallel, "QUICK", 0)  # by the threads
     paths = [str(number) for number in range(20_000)]
     ahead: list[int] = []
 
@@ -703,6 +705,19 @@ def test_find_faults_checks_few_files_ahead(monkeypatch: pytest.MonkeyPatch) -> 
     assert find_faults(paths, progress=progress, threads=4) == {}
     assert sorted(begun, key=int) == paths
     assert max(ahead) <= 10 * parallel.FILES_AT_ONCE
+
+
+def test_only_files_that_take_long_are_shared_among_threads() -> None:
+    def work(seconds: float) -> int:
+        time.sleep(seconds)
+        return threading.get_ident()
+
+    count = 2 * parallel.FILES_A_ROUND
+    quick = list(parallel.over_files(lambda _: threading.get_ident(), range(count), threads=2))
+    assert quick == [threading.get_ident()] * count
+    slow = list(parallel.over_files(work, [10 * parallel.QUICK] * 320, threads=2))
+    assert set(slow[: parallel.FILES_AT_ONCE]) == {threading.get_ident()}  # measures
+    assert len(set(slow[parallel.FILES_AT_ONCE :]) - {threading.get_ident()}) == 2
 
 
 def test_find_faults_needs_no_semaphores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
