@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -139,11 +139,15 @@ def write_csv(path: str | os.PathLike[str], header: Sequence[Any], rows: Iterabl
 
 def csv_text(rows: Sequence[Sequence[Any]]) -> str:
     """Rows as CSV."""
+
+    def written(quoting: Literal[0, 1]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n", quoting=quoting).writerows(rows)
+        return text.getvalue()
+
+    text = written(csv.QUOTE_MINIMAL)
     # The csv module quotes a cell for the line end that it writes, but a lone carriage return ends a row for readers.
-    odd = any("\r" in cell for row in rows for cell in row if isinstance(cell, str))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerows(rows)
-    return text.getvalue()
+    return written(csv.QUOTE_ALL) if "\r" in text else text
 
 
 # What a spreadsheet takes for a formula, but numbers such as -1: OWASP, "CSV Injection"; the wide signs count in East

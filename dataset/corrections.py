@@ -127,4 +127,4 @@ def apply_corrections(found: LabelledImages, corrections: Sequence[Correction]) 
 
 def as_written(name: str) -> str:
     """A name as it comes out of a CSV that `files.write_csv` wrote."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()

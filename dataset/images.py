@@ -9,9 +9,7 @@ import os
 import stat
 import struct
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from typing import IO, TypeVar
 
 import numpy as np
@@ -29,6 +27,7 @@ from PIL import (
 
 from console import UserError, cores, one_line
 from dataset import jpeg
+from dataset.parallel import over_files
 from dataset.pixels import rgb, scale_transparency, upright
 
 MAX_PIXELS = 128_000_000  # 12,000 x 9,000 fits; decoding takes up to 16 bytes a pixel, so it stays below 2 GiB
@@ -39,9 +38,8 @@ MAX_TIFF_VALUES = 1 << 18  # strips of one row in four planes fit; Pillow makes 
 # libjpeg fills what is missing with grey and reports nothing.
 JPEG_PIXELS_PER_BYTE = 2 * 8 * 64
 MAX_READS = 200_000  # by Pillow of one file: a few for each segment, chunk or block, which it reads in Python
-# What is read of a file to see whether it is whole; the long head where profiles and previews come first.
-HEAD_BYTES, LONG_HEAD_BYTES, TAIL_BYTES = 1 << 13, 1 << 18, 1 << 10
-FILES_AT_ONCE = 32  # that a thread checks between two hand-overs
+# What is looked at of a file to see whether it is whole; profiles and previews come first in it.
+HEAD_BYTES, TAIL_BYTES = 1 << 18, 1 << 10
 
 # Pillow's classes themselves, not `Image.open`: no other format can be reached, an MPO is read as the JPEG that it is,
 # and the reason of a failure is not replaced by "cannot identify image file".
@@ -56,6 +54,7 @@ READERS: dict[str, type[ImageFile.ImageFile]] = {
 BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)
 Path = str | bytes | os.PathLike
 P = TypeVar("P", bound=Path)
+Seen = Callable[[P, os.stat_result, bytes], None]
 
 
 class ImageError(UserError):
@@ -146,7 +145,7 @@ def _decode_plain_jpeg(contents: bytes, least: int) -> tuple[np.ndarray, int] | 
 
     Pillow would take a sixth more time.
     """
-    header = jpeg.header(contents[:LONG_HEAD_BYTES])
+    header = jpeg.header(contents[:HEAD_BYTES])
     if header is None or not header.plain or _size_fault("jpeg", header.width, header.height, len(contents)):
         return None
     pixels, reduction = _decode_jpeg(contents, header.width, header.height, least)
@@ -159,15 +158,26 @@ def _decode_jpeg(contents: bytes, width: int, height: int, least: int) -> tuple[
     return jpeg.decode(contents, (-(-height // reduction), -(-width // reduction))), reduction
 
 
-def find_fault(path: Path, thorough: bool = False) -> str | None:
+def find_fault(path: P, thorough: bool = False, seen: Seen[P] | None = None) -> str | None:
     """The reason why a file cannot be used, or None; `thorough` decodes it whole.
 
     Otherwise a JPEG, PNG or GIF whose header can be read and whose end is in place is assumed intact, at the cost of
     opening it; every other file is decoded, so that a reason is always that of `read_image`.
+
+    `seen` is given the path, the status and all bytes of a file that could be read, whatever its verdict: of the same
+    reading, the status taken before it. Without it only the ends of a file that looks whole are read.
     """
+    whole = thorough or seen is not None
     try:
-        if thorough or not _looks_whole(path):
-            read_image(path)
+        try:
+            status, head, tail = _read_to_check(path, whole)
+        except (OSError, ValueError, MemoryError):
+            read_image(path)  # which has the words for it
+            return None
+        if seen is not None:
+            seen(path, status, head)
+        if thorough or not _looks_whole(head[:HEAD_BYTES], tail, status.st_size):
+            decode_image(head, os.fsdecode(path)) if whole else read_image(path)
     except ImageError as error:
         return error.reason
     return None
@@ -178,34 +188,17 @@ def find_faults(
     thorough: bool = False,
     progress: Callable[..., Iterable[str | None]] | None = None,
     threads: int | None = None,
+    seen: Seen[P] | None = None,
 ) -> dict[P, str]:
-    """The path and reason of every file that cannot be used, in the order of `paths`, found by a thread a core.
+    """The path and reason of every file that cannot be used, in the order of `paths`, found by up to a thread a core.
 
-    `progress` wraps the results as they come: `progress(iterable, total=len(paths))`, as tqdm does.
+    `progress` wraps the results as they come: `progress(iterable, total=len(paths))`, as tqdm does. `seen`, which the
+    threads call, is that of `find_fault`.
     """
-    results: Iterable[str | None] = _reasons(paths, thorough, threads or cores())
+    results: Iterable[str | None] = over_files(lambda path: find_fault(path, thorough, seen), paths, threads or cores())
     if progress is not None:
         results = progress(results, total=len(paths))
     return {path: reason for path, reason in zip(paths, results, strict=True) if reason is not None}
-
-
-def _reasons(paths: Sequence[P], thorough: bool, threads: int) -> Iterator[str | None]:
-    """`find_fault` of each path, in order. Few are under way at a time, so that memory does not grow with their number.
-
-    Not `multiprocessing.pool.ThreadPool`: it needs semaphores, which some hosts lack (AWS Lambda).
-    """
-
-    def check(start: int) -> list[str | None]:
-        return [find_fault(path, thorough) for path in paths[start : start + FILES_AT_ONCE]]
-
-    with ThreadPoolExecutor(threads) as pool:
-        under_way: deque[Future[list[str | None]]] = deque()
-        for start in range(0, len(paths), FILES_AT_ONCE):
-            under_way.append(pool.submit(check, start))
-            if len(under_way) > 2 * threads:
-                yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
 
 
 def _open_file(path: Path) -> IO[bytes]:
@@ -233,6 +226,28 @@ def _read(path: Path, count: int = -1) -> bytes:
             return file.read(count)
         except (OSError, MemoryError) as error:
             raise ImageError(os.fsdecode(path), _os_reason(error)) from error
+
+
+def _read_to_check(path: Path, whole: bool) -> tuple[os.stat_result, bytes, bytes]:
+    """The status of a regular file of a bearable size, its bytes or the first `HEAD_BYTES` of them, and the last ones.
+
+    Raises OSError or ValueError for anything else; never waits for a FIFO.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode) or size > MAX_BYTES:
+            raise ValueError
+        head = os.read(descriptor, size + 1 if whole else HEAD_BYTES)
+        while whole and len(head) != size and (more := os.read(descriptor, 1 << 20)):  # it grows, or comes in parts
+            head += more
+        tail = (
+            head[-TAIL_BYTES:] if whole or size <= HEAD_BYTES else os.pread(descriptor, TAIL_BYTES, size - TAIL_BYTES)
+        )
+        return status, head, tail
+    finally:
+        os.close(descriptor)
 
 
 def _os_reason(error: Exception) -> str:
@@ -311,28 +326,17 @@ def _damage(kind: str, error: Exception) -> str:
     return "is truncated" if short else f"is a damaged or unsupported {kind.upper()} file ({words[:200]})"
 
 
-def _looks_whole(path: Path) -> bool:
+def _looks_whole(head: bytes, tail: bytes, size: int) -> bool:
     """Whether a file has a readable header of a bearable size and, at its end, the mark that its format puts there."""
-    try:
-        with _open_file(path) as file:
-            head = file.read(HEAD_BYTES)
-            kind = image_format(head)
-            size = file.seek(0, io.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            if not _has_end(kind, file.read(TAIL_BYTES)):
-                return False
-            if _good_header(kind, head, size):
-                return True
-            file.seek(0)
-            return size > HEAD_BYTES and _good_header(kind, file.read(LONG_HEAD_BYTES), size)
-    except OSError:
-        return False
+    kind = image_format(head)
+    return _has_end(kind, tail) and _good_header(kind, head, size)
 
 
 def _has_end(kind: str | None, tail: bytes) -> bool:
     if kind == "gif":
         return tail.rstrip(b"\0").endswith(b";")
-    return (kind == "jpeg" and b"\xff\xd9" in tail) or (kind == "png" and b"IEND\xaeB`\x82" in tail)
+    # From the end, where they are.
+    return (kind == "jpeg" and tail.rfind(b"\xff\xd9") >= 0) or (kind == "png" and tail.rfind(b"IEND\xaeB`\x82") >= 0)
 
 
 def _good_header(kind: str | None, head: bytes, size: int) -> bool:

@@ -22,8 +22,9 @@ def read_food101_lists(meta: str) -> tuple[list[str], list[Row]]:
     known = set(class_names)
     rows = []
     for split, list_name in FOOD101_LISTS.items():
-        for number, line in _numbered_lines(os.path.join(meta, list_name)):
-            where = f"{os.path.join(meta, list_name)!r} line {number}"
+        path = os.path.join(meta, list_name)
+        for number, line in _numbered_lines(path):
+            where = f"{path!r} line {number}"
             class_name, _, image_id = line.partition("/")
             if class_name not in known or not image_id or "/" in image_id:  # with "/" it could leave its folder
                 raise UserError(f"{where}: {line!r} is not <class>/<id> with a class of classes.txt: fix the line")
@@ -122,7 +123,7 @@ def _check_present(root: str, names: list[str], listed_in: str) -> None:
     present: dict[str, set[str]] = {}
     missing = []
     for name in names:
-        folder, base = os.path.split(name)
+        folder, _, base = name.rpartition("/")
         if folder not in present:
             try:
                 present[folder] = set(os.listdir(os.path.join(root, folder)))

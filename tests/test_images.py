@@ -1,12 +1,14 @@
 """The image reader against arrays built without it: formats, modes, orientations, faults, threads."""
 
 import contextlib
+import errno
 import io
 import os
 import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import xxhash
 from PIL import Image
 from skimage.transform import rotate
 
-from dataset import images, jpeg, pixels
+from dataset import images, jpeg, parallel, pixels
+from dataset.contents import Fingerprint, fingerprint, fingerprints
 from dataset.images import ImageError, decode_image, find_fault, find_faults, image_format, read_image
 from tests.fuzz_images import OUTCOMES, make_seeds, run, run_inference
 
@@ -454,7 +458,7 @@ def test_text_chunk_bomb() -> None:
 def progressive(scans: int) -> bytes:
     """A progressive JPEG with `scans` scans: its last one again and again, as an attacker would write it."""
     contents = encode(noise(), "JPEG", progressive=True)
-    starts = [at for marker, at in jpeg.segments(contents) if marker == jpeg.SOS]
+    starts = [at for _, at in jpeg.segments(contents, {jpeg.SOS})]
     last = contents[starts[-1] - 2 : -2]
     return contents[:-2] + last * (scans - len(starts)) + contents[-2:]
 
@@ -591,10 +595,105 @@ def test_find_faults_keeps_the_order_and_reports_progress(tmp_path: Path) -> Non
     assert find_faults([]) == {}
 
 
+@pytest.mark.parametrize("thorough", [False, True])
+def test_a_file_is_opened_once_for_its_verdict_and_its_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thorough: bool
+) -> None:
+    jpeg, png = encode(noise(64, 96), "JPEG"), encode(noise(), "PNG")
+    profile = bytes(60_000)  # five of them fill more than what is looked at of a header
+    contents = {
+        "good.jpg": jpeg,
+        "good.png": png,
+        "good.gif": encode(smooth(), "GIF"),
+        "good.webp": encode(smooth(), "WEBP"),
+        "long head.jpg": jpeg[:2] + 5 * (b"\xff\xe2" + (len(profile) + 2).to_bytes(2, "big") + profile) + jpeg[2:],
+        "large.bmp": encode(np.zeros((400, 400, 3), np.uint8), "BMP"),
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "cut.png": png[:-30],
+        "head only.jpg": jpeg[:200],
+        "no header.jpg": b"\xff\xd8\xff\xe0" + b"\xff\xd9" * 20,
+        "damaged inside.png": png[:60] + bytes(9) + png[69:],
+        "empty.jpg": b"",
+        "text.jpg": b"text",
+        "zeros.jpg": bytes(300_000),
+    }
+    for name, of_file in contents.items():
+        (tmp_path / name).write_bytes(of_file)
+    (tmp_path / "unreadable.jpg").write_bytes(jpeg)
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link.jpg").symlink_to("good.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "fifo.jpg")
+    with open(tmp_path / "huge.jpg", "wb") as file:
+        file.truncate(images.MAX_BYTES + 1)
+    original, opened = os.open, list[str]()
+
+    def recorded(path: str, *arguments: Any) -> int:
+        opened.append(path)
+        if "unreadable" in path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return original(path, *arguments)
+
+    def read(path: Path) -> bytes:  # what is asked where a file is not used as it was read
+        opened.append(str(path))
+        if "unreadable" in str(path):
+            raise ImageError(str(path), "cannot be read: permission denied")
+        return read_whole(path)
+
+    read_whole = images._read
+    monkeypatch.setattr(os, "open", recorded)
+    monkeypatch.setattr(images, "_read", read)
+    paths = sorted(str(path) for path in tmp_path.iterdir())
+    expected = {}
+    for path in paths:
+        try:
+            read_image(path)
+        except ImageError as error:
+            expected[path] = error.reason
+    damaged = str(tmp_path / "damaged inside.png")
+    assert damaged in expected
+    if not thorough:
+        del expected[damaged]  # its ends are in place
+    opened.clear()
+    prints: dict[str, Fingerprint] = {}
+
+    def keep(path: str, status: os.stat_result, of_file: bytes) -> None:
+        prints[path] = fingerprint(status, of_file)
+
+    assert find_faults(paths, thorough, seen=keep) == expected
+    usable = [path for path in paths if path in prints]
+    assert all(opened.count(path) == 1 for path in usable)
+    assert find_faults(paths, thorough) == expected
+    assert {os.path.basename(path) for path in paths} - {os.path.basename(path) for path in usable} == {
+        "unreadable.jpg", "gone.jpg", "folder.jpg", "fifo.jpg", "huge.jpg",
+    }  # fmt: skip
+    assert prints == fingerprints(usable, {}, threads=1)
+    assert prints[str(tmp_path / "good.jpg")].content == f"xxh3:{xxhash.xxh3_128(jpeg).hexdigest()}"
+
+
+def test_a_file_that_grows_or_comes_in_parts_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = encode(noise(), "PNG")
+    path = tmp_path / "a.png"
+    path.write_bytes(contents[:40])
+    original = os.read
+
+    def grown(descriptor: int, count: int) -> bytes:
+        path.write_bytes(contents)
+        return original(descriptor, min(count, 50))
+
+    monkeypatch.setattr(os, "read", grown)
+    seen: list[tuple[int, bytes]] = []
+    assert find_fault(path, seen=lambda _, status, of_file: seen.append((status.st_size, of_file))) is None
+    assert seen == [(40, contents)]  # of the size before: the next look finds that it was changed
+
+
 def test_find_faults_checks_few_files_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results that wait for whoever takes them would fill the memory, for 200,000 files."""
     begun: list[str] = []
-    monkeypatch.setattr(images, "find_fault", lambda path, thorough: begun.append(path))
+    monkeypatch.setattr(images, "find_fault", lambda path, thorough, seen: begun.append(path))
+    monkeypatch.setattr(parallel, "QUICK", 0)  # by the threads
     paths = [str(number) for number in range(20_000)]
     ahead: list[int] = []
 
@@ -605,7 +704,20 @@ def test_find_faults_checks_few_files_ahead(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert find_faults(paths, progress=progress, threads=4) == {}
     assert sorted(begun, key=int) == paths
-    assert max(ahead) <= 10 * images.FILES_AT_ONCE
+    assert max(ahead) <= 10 * parallel.FILES_AT_ONCE
+
+
+def test_only_files_that_take_long_are_shared_among_threads() -> None:
+    def work(seconds: float) -> int:
+        time.sleep(seconds)
+        return threading.get_ident()
+
+    count = 2 * parallel.FILES_A_ROUND
+    quick = list(parallel.over_files(lambda _: threading.get_ident(), range(count), threads=2))
+    assert quick == [threading.get_ident()] * count
+    slow = list(parallel.over_files(work, [10 * parallel.QUICK] * 320, threads=2))
+    assert set(slow[: parallel.FILES_AT_ONCE]) == {threading.get_ident()}  # measures
+    assert len(set(slow[parallel.FILES_AT_ONCE :]) - {threading.get_ident()}) == 2
 
 
 def test_find_faults_needs_no_semaphores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A run knows what it began with, and touches nothing that is not its own: images, settings, other people's files."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+import xxhash
 from PIL import Image
 
 import evaluate
@@ -20,6 +22,7 @@ from dataset.contents import content_hash, fingerprints
 from run import Run, newest_run
 from run_config import RunConfig
 from training import loop, plan, preparation, session
+from training.settings import Settings
 
 SMALL = ("--network", "small", "--pretrained", "none", "--image-size", 32, "--batch-size", 8, "--epochs", 2)
 
@@ -81,15 +84,95 @@ def test_fingerprints_read_again_only_what_has_been_touched(tmp_path, monkeypatc
     os.utime(paths[1], ns=(times, times))
     read: list[str] = []
 
-    def hashed(path: str) -> str:
+    def hashed(path: str, like: str) -> str:
         read.append(path)
-        return content_hash(path)
+        return content_hash(path, like)
 
     monkeypatch.setattr("dataset.contents.content_hash", hashed)
     second = fingerprints(paths[:2], first, threads=1)
     assert read == [paths[1]]
     assert second[paths[0]] is first[paths[0]]
     assert second[paths[1]].content == content_hash(paths[1])
+
+
+def test_hashes_are_xxh3_or_what_they_are_compared_with(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(contents := bytes(range(256)) * 5000)  # more than one chunk
+    assert content_hash(str(path)) == f"xxh3:{xxhash.xxh3_128(contents).hexdigest()}"
+    assert content_hash(str(path), like="xxh3:0") == content_hash(str(path))
+    of_earlier_versions = hashlib.blake2b(contents, digest_size=16).hexdigest()
+    assert content_hash(str(path), like="0" * 32) == content_hash(str(path), like="") == of_earlier_versions
+
+
+@pytest.fixture
+def of_an_earlier_version(copies) -> tuple[Path, Path]:
+    """Copies of the images and a run, as that of a version whose hashes were BLAKE2b."""
+    images, run = copies
+    was, contents = plan.read_images(Run(run)), []
+    assert all(image.fingerprint.content.startswith("xxh3:") for image in was.values())
+    rows = (run / "images.csv").read_text(encoding="utf-8")
+    for name, image in was.items():
+        contents.append(hashlib.blake2b((images / name).read_bytes(), digest_size=16).hexdigest())
+        rows = rows.replace(image.fingerprint.content, contents[-1])
+    (run / "images.csv").write_text(rows, encoding="utf-8")
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"]["content"].startswith("xxh3:")
+    config["data"]["content"] = hashlib.sha256("\n".join(contents).encode()).hexdigest()
+    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return images, run
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_images_of_a_run_of_an_earlier_version_are_compared_by_its_hashes(of_an_earlier_version, capfd, listed):
+    images, run = of_an_earlier_version
+    if not listed:
+        (run / "images.csv").unlink()
+    for image in images.rglob("*.jpg"):
+        os.utime(image, ns=(1, 1))
+    before = snapshot(run)
+    assert call(train, images, "--run", run, *SMALL) == 0
+    assert "this run is complete" in capfd.readouterr().out
+    assert call(evaluate, "--run", run, "--data", images) == 0
+    assert not (run / "evaluations").exists()  # they are the run's own
+    assert {
+        name: snapshot(run)[name] for name in (Path("images.csv"), Path("config.json")) if name in before
+    }.items() <= (before.items())
+    image = images / "class0" / "1.jpg"
+    contents = bytearray(image.read_bytes())
+    contents[-20] ^= 1
+    image.write_bytes(contents)
+    os.utime(image, ns=(1, 1))
+    assert call(train, images, "--run", run, *SMALL) == 2
+    expected = "1 of other content (first 'class0/1.jpg')" if listed else "some are of other content"
+    assert expected in line_of(capfd)
+
+
+def test_a_run_begins_with_one_reading_of_each_image(begun, tmp_path, monkeypatch):
+    """Also of those that --relabel drops; with --examples-per-class only of the ends, and of those that it takes."""
+    images, _ = begun
+    paths = sorted(map(str, images.rglob("*.jpg")))
+    original, opened = os.open, list[str]()
+
+    def recorded(path, *arguments, **named):
+        if str(path).endswith(".jpg"):
+            opened.append(str(path))
+        return original(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", recorded)
+    dropped = os.path.relpath(paths[0], images)
+    (tmp_path / "drop.csv").write_text(f"image,action\n{dropped},drop\n", encoding="utf-8")
+    settings = Settings(network="small", pretrained="none", image_size=32, relabel=str(tmp_path / "drop.csv"))
+    for skip in ("fail", "skip"):
+        prepared = preparation.prepare(dataclasses.replace(settings, on_bad_image=skip), str(images))
+        assert sorted(opened) == paths
+        assert sorted(prepared.prints) == paths
+        assert prepared.prints == fingerprints(paths, {}, threads=1)
+        assert sorted(prepared.images) == [os.path.relpath(path, images) for path in paths[1:]]
+        opened.clear()
+    prepared = preparation.prepare(dataclasses.replace(settings, relabel="", examples_per_class=1), str(images))
+    taken = [path for of_split in prepared.examples.values() for path in of_split.paths]
+    assert sorted(prepared.prints) == sorted(taken)
+    assert sorted(opened) == sorted(paths + taken)
 
 
 @pytest.mark.parametrize("change", ["content", "gone", "new", "moved"])

@@ -18,7 +18,7 @@ import data
 import devices
 from console import StopSignals, UserError, cores, one_line
 from dataset import corrections, images, layouts
-from dataset.contents import Fingerprint, fingerprints
+from dataset.contents import XXH3, Fingerprint, fingerprint, fingerprints
 from files import check_folder, write_json
 from model import Network
 from reports import metrics
@@ -118,8 +118,10 @@ def _own_data(
         examples = plan.usable_examples(settings, found, config.excluded)
     except UserError as error:  # not a data set to train on, but perhaps one to score
         return None, [str(error)]
-    prints = fingerprint_images(examples, plan.known_fingerprints(run, found.root))
-    changes = plan.image_changes(run, config, found, plan.record_images(found, examples, prints))
+    paths = [path for of_split in examples.values() for path in of_split.paths]
+    then = plan.read_images(run)
+    prints = fingerprint_images(paths, plan.known_fingerprints(then, found.root), config.data.content)
+    changes = plan.image_changes(config, found, then, plan.record_images(found, examples, prints))
     return (None if changes else found), changes
 
 
@@ -208,10 +210,18 @@ def calibrate(run: Run, logits: np.ndarray, labels: np.ndarray) -> float:
     return temperature
 
 
-def find_faults(paths: Sequence[str], thorough: bool) -> dict[str, str]:
-    """`images.find_faults` under a progress bar."""
+def find_faults(paths: Sequence[str], thorough: bool, prints: dict[str, Fingerprint] | None = None) -> dict[str, str]:
+    """`images.find_faults` under a progress bar.
+
+    `prints` takes the fingerprint, by path, of every file that could be read: of the same bytes that were checked.
+    """
+
+    def keep(path: str, status: os.stat_result, contents: bytes) -> None:
+        if prints is not None:
+            prints[path] = fingerprint(status, contents)
+
     progress = functools.partial(tqdm, desc="checking images", unit="img", leave=False, disable=None)
-    return images.find_faults(paths, thorough=thorough, progress=progress)
+    return images.find_faults(paths, thorough, progress, seen=None if prints is None else keep)
 
 
 @contextlib.contextmanager
@@ -242,9 +252,8 @@ def readable_failures() -> Iterator[None]:
 
 
 def fingerprint_images(
-    examples: Mapping[str, layouts.Examples], known: Mapping[str, Fingerprint]
+    paths: Sequence[str], known: Mapping[str, Fingerprint], like: str = XXH3
 ) -> dict[str, Fingerprint]:
-    """The fingerprint of every image, under a progress bar; see `dataset.contents.fingerprints`."""
-    paths = [path for of_split in examples.values() for path in of_split.paths]
-    progress = functools.partial(tqdm, desc="reading images", unit="files", leave=False, disable=None)
-    return fingerprints(paths, known, cores(), progress)
+    """`dataset.contents.fingerprints` under a progress bar."""
+    progress = functools.partial(tqdm, desc="reading images", unit="img", leave=False, disable=None)
+    return fingerprints(paths, known, cores(), progress, like)

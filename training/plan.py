@@ -4,14 +4,15 @@ import csv
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from typing import NamedTuple
 
 import numpy as np
 
 import data
 from console import UserError, one_line
 from dataset import layouts
-from dataset.contents import Fingerprint
+from dataset.contents import XXH3, Fingerprint
 from dataset.corrections import Correction, as_written, read_corrections
 from files import write_csv
 from model import Network
@@ -115,8 +116,7 @@ def optimisation(settings: Settings, train: layouts.Examples) -> Optimisation:
 # -- the images of a run ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(NamedTuple):
     """An image as images.csv has it."""
 
     class_name: str
@@ -132,17 +132,13 @@ def record_images(
     return {
         as_written(path[start:]): Recorded(found.class_names[label], split, prints[path])
         for split, of_split in examples.items()
-        for path, label in zip(of_split.paths, of_split.labels, strict=True)
+        for path, label in zip(of_split.paths, of_split.labels.tolist(), strict=True)
     }
 
 
 def write_images(run: Run, images: Mapping[str, Recorded]) -> None:
     """Writes images.csv."""
-    rows = (
-        (name, image.class_name, image.split, p.size, p.modified, p.changed, p.content)
-        for name, image in images.items()
-        for p in (image.fingerprint,)
-    )
+    rows = ((name, image.class_name, image.split, *image.fingerprint) for name, image in images.items())
     write_csv(run.path / "images.csv", COLUMNS, rows)
 
 
@@ -161,9 +157,10 @@ def read_images(run: Run) -> dict[str, Recorded]:
         return {}
 
 
-def known_fingerprints(run: Run, root: str) -> dict[str, Fingerprint]:
-    """{path below `root`: fingerprint} of the images that the run began with."""
-    return {os.path.join(root, name): image.fingerprint for name, image in read_images(run).items()}
+def known_fingerprints(then: Mapping[str, Recorded], root: str) -> dict[str, Fingerprint]:
+    """{path below `root`: fingerprint} of recorded images."""
+    start = os.path.join(root, "")
+    return {start + name: image.fingerprint for name, image in then.items()}
 
 
 def check_settings(run: Run, config: RunConfig, settings: Settings) -> None:
@@ -189,9 +186,13 @@ def check_corrections(run: Run, config: RunConfig, now: list[Correction]) -> Non
         )
 
 
-def image_changes(run: Run, config: RunConfig, found: layouts.LabelledImages, now: Mapping[str, Recorded]) -> list[str]:
-    """What has changed, in phrases, since the run began with its images; `now`: the images that it would use today."""
-    then = read_images(run)
+def image_changes(
+    config: RunConfig, found: layouts.LabelledImages, then: Mapping[str, Recorded], now: Mapping[str, Recorded]
+) -> list[str]:
+    """What has changed, in phrases, since the run began with its images, which are listed in `then` unless it is lost.
+
+    now: the images that it would use today.
+    """
     if then:
         both = [name for name in now if name in then]
         kinds = {
@@ -211,5 +212,7 @@ def image_changes(run: Run, config: RunConfig, found: layouts.LabelledImages, no
 
 
 def content_digest(images: Mapping[str, Recorded]) -> str:
-    """One hash for the content of all images of a run, in their order."""
-    return hashlib.sha256("\n".join(image.fingerprint.content for image in images.values()).encode()).hexdigest()
+    """One hash for the content of all images of a run, in their order; it begins as most of their hashes do."""
+    contents = [image.fingerprint.content for image in images.values()]
+    mark = XXH3 if any(content.startswith(XXH3) for content in contents) else ""
+    return mark + hashlib.sha256("\n".join(contents).encode()).hexdigest()

@@ -1,9 +1,11 @@
 """What a training run starts from: the images that it found, the network with its weights restored, the config."""
 
+import contextlib
 import dataclasses
+import gc
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -21,10 +23,7 @@ from replicas import ONE_DEVICE, Replicas
 from run import Run
 from run_config import DataRecord, ModelRecord, Phase, RunConfig, WeightsRecord, new_network
 from training import features, plan
-from training.evaluation import (
-    find_faults,
-    fingerprint_images,
-)
+from training.evaluation import find_faults, fingerprint_images
 from training.settings import Settings
 from training.step import Trainer
 from weights.names import find_imagenet, load_pretrained
@@ -37,7 +36,7 @@ class Prepared:
 
     listed: `examples` and the images that --relabel drops. Their activations are kept too, so that what is cached
     serves before and after a correction.
-    network: holds the values to start from. prints: of every image in `listed`, by path.
+    network: holds the values to start from. prints: of every image in `listed`, by path. images: what images.csv says.
     """
 
     config: RunConfig
@@ -46,6 +45,7 @@ class Prepared:
     examples: dict[str, layouts.Examples]
     listed: dict[str, layouts.Examples]
     prints: dict[str, Fingerprint]
+    images: dict[str, plan.Recorded]
     network: Network
 
     def trainer(self, phases: Sequence[Phase] | None = None, replicas: Replicas = ONE_DEVICE) -> Trainer:
@@ -75,6 +75,19 @@ class Prepared:
         return features.cached_loads(self.network, phases, examples, listed, self.prints, spec, root, stop, worker)
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pauses Python's search for cycles of objects, which goes over the growing lists of images again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_no_collection()
 def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> Prepared:
     """Decides all that is decided when a run begins; writes nothing. Raises UserError for what the user can fix."""
     settings = settings.resolved()
@@ -107,17 +120,20 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
         raise UserError(f"--image-size {settings.image_size}: {error}") from None
     report = restore_pretrained(network, arrays, source)
     new = [name for name, _ in report.new]
-    excluded = _bad_images(settings, found) + _bad_dropped(uncorrected, found)
+    prints: dict[str, Fingerprint] = {}
+    excluded = _bad_images(settings, found, prints) + _bad_dropped(uncorrected, found, prints)
     examples, listed = _examples(settings, found, uncorrected, excluded)
-    prints = fingerprint_images(listed, {})
-    content = plan.content_digest(plan.record_images(found, examples, prints))
+    prints |= fingerprint_images([path for path in _paths(listed) if path not in prints], {})
+    recorded = plan.record_images(found, examples, prints)
     config = RunConfig(
         command=list(command),
         created=datetime.now().astimezone().strftime("%Y-%m-%dT%H:%M:%S.%f%z"),
         settings=settings.as_dict(),
         class_names=found.class_names,
         counts={split: len(kept) for split, kept in examples.items()},
-        data=DataRecord(found.root, found.layout, found.digest(), os.path.abspath(data_path), content),
+        data=DataRecord(
+            found.root, found.layout, found.digest(), os.path.abspath(data_path), plan.content_digest(recorded)
+        ),
         model=model,
         head_reason=why,
         precision=dtype.name,
@@ -134,9 +150,10 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
         corrections=corrections,
         threads=devices.default_threads(),
     )
-    return Prepared(config, settings, found, examples, listed, prints, network)
+    return Prepared(config, settings, found, examples, listed, prints, recorded, network)
 
 
+@_no_collection()
 def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     """What `prepare` decided for a run that exists; UserError, naming what differs, where it would be another run."""
     config = run.config()
@@ -148,8 +165,10 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     plan.check_corrections(run, config, plan.corrections(settings, uncorrected))
     found = apply_corrections(uncorrected, config.corrections)
     examples, listed = _examples(settings, found, uncorrected, config.excluded)
-    prints = fingerprint_images(listed, plan.known_fingerprints(run, found.root))
-    if changes := plan.image_changes(run, config, found, plan.record_images(found, examples, prints)):
+    then = plan.read_images(run)
+    prints = fingerprint_images(_paths(listed), plan.known_fingerprints(then, found.root), config.data.content)
+    recorded = plan.record_images(found, examples, prints)
+    if changes := plan.image_changes(config, found, then, recorded):
         raise UserError(
             f"{run.path} can't be resumed: the images of {found.root} are not those that it began with: "
             f"{', '.join(changes)}; restore them, or name a new --run"
@@ -159,7 +178,7 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
         source = config.pretrained.source
         arrays = {} if source == "none" else load_pretrained(source, settings.network)
         restore_pretrained(network, arrays, source)
-    return Prepared(config, settings, found, examples, listed, prints, network)
+    return Prepared(config, settings, found, examples, listed, prints, recorded, network)
 
 
 def restore_pretrained(network: Network, arrays: dict[str, np.ndarray], source: str) -> RestoreReport:
@@ -182,23 +201,35 @@ def _examples(
     return examples, plan.usable_examples(settings, uncorrected, excluded)
 
 
-def _bad_dropped(uncorrected: layouts.LabelledImages, found: layouts.LabelledImages) -> list[str]:
-    """Relative names of the images that --relabel drops and that can't be decoded, for which they may be dropped."""
+def _paths(splits: Mapping[str, layouts.Examples]) -> list[str]:
+    return [path for of_split in splits.values() for path in of_split.paths]
+
+
+def _bad_dropped(
+    uncorrected: layouts.LabelledImages, found: layouts.LabelledImages, prints: dict[str, Fingerprint]
+) -> list[str]:
+    """Relative names of the images that --relabel drops and that can't be decoded, for which they may be dropped.
+
+    `prints` takes the fingerprint of each that was read.
+    """
     if found is uncorrected:
         return []
-    before, after = (
-        {path for of_split in images.splits.values() for path in of_split.paths} for images in (uncorrected, found)
-    )
-    faults = find_faults(sorted(before - after), thorough=True)
+    dropped = set(_paths(uncorrected.splits)).difference(_paths(found.splits))
+    faults = find_faults(sorted(dropped), thorough=True, prints=prints)
     return [os.path.relpath(path, found.root) for path in faults]
 
 
-def _bad_images(settings: Settings, found: layouts.LabelledImages) -> list[str]:
-    """Relative names of the files to train without; raises UserError for the first bad one unless they are skipped."""
+def _bad_images(settings: Settings, found: layouts.LabelledImages, prints: dict[str, Fingerprint]) -> list[str]:
+    """Relative names of the files to train without; raises UserError for the first bad one unless they are skipped.
+
+    `prints` takes the fingerprint of each that was read whole.
+    """
     skip = settings.on_bad_image == "skip"
-    paths = {path for examples in found.splits.values() for path in examples.paths}
-    # Skipping must find every bad image now, by decoding all: the list of examples is fixed when the run begins.
-    faults = find_faults(sorted(paths), thorough=skip)
+    paths = sorted(set(_paths(found.splits)))
+    # Skipping must find every bad image now, by decoding all: the list of examples is fixed when the run begins. Else
+    # the ends of a file would do: most files need not be read whole where a few are taken.
+    whole = skip or not settings.examples_per_class
+    faults = find_faults(paths, thorough=skip, prints=prints if whole else None)
     if not faults:
         return []
     names = {path: os.path.relpath(path, found.root) for path in faults}

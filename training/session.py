@@ -65,7 +65,7 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
         if settings.auto_batch and (begins or not run.config().settings.get("auto_batch")):
             prepared = _in_fitting_parts(prepared, replicas.count)
         if begins:
-            plan.write_images(run, plan.record_images(prepared.found, prepared.examples, prepared.prints))
+            plan.write_images(run, prepared.images)
             run.create(prepared.config)
         for line in _introduction(run, prepared.config, prepared.found.remarks(), replicas):
             print(line, flush=True)
