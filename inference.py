@@ -186,7 +186,6 @@ def main() -> int:
         check_not_replaced(files, places)
     else:
         files = (path for path in files if check_not_replaced([path], places))
-    devices.use_threads(run.config().threads)
     devices.grow_gpu_memory()
     drawing = arguments.heatmap is not None or arguments.boxes
     illustrator = Illustrator(arguments.heatmap, arguments.boxes) if drawing else None

@@ -53,7 +53,6 @@ def evaluate(
     Returns the folder of the results, the split and the scores.
     """
     config = run.config()
-    devices.use_threads(config.threads)
     devices.grow_gpu_memory()
     network = run.load_model()
     settings = Settings.from_dict(config.settings)

@@ -140,7 +140,6 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
 def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     """What `prepare` decided for a run that exists; UserError, naming what differs, where it would be another run."""
     config = run.config()
-    devices.use_threads(config.threads)
     uncorrected = plan.list_images(settings, data_path)
     if settings.auto_batch and config.settings.get("auto_batch"):  # the parts that it found when the run began
         settings = dataclasses.replace(settings, accumulate=config.settings["accumulate"])
