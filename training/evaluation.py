@@ -30,7 +30,7 @@ from training import features, plan
 from training.settings import Settings
 from training.step import compiled_forward
 
-EVALUATION_BATCH = 32
+MOST_AT_ONCE = 32  # images
 LEAST_TO_CALIBRATE = 100
 
 
@@ -93,9 +93,8 @@ def evaluate(
         else _evaluation_folder(run, found.root, place, f"{split}-raw" if raw else split)
     )
     check_folder("--run", folder)
-    batches = data.ordered_batches(
-        data.image_loader(examples, config.preprocessing, settings.seed), examples.labels, EVALUATION_BATCH
-    )
+    load = data.image_loader(examples, config.preprocessing, settings.seed)
+    batches = data.ordered_batches(load, examples.labels, evaluation_batch(settings))
     with readable_failures(), StopSignals() as stop:
         logits = batch_logits(network, batches, len(examples), split, None, stop)
         temperature = 1.0 if raw else run.temperature()
@@ -140,6 +139,11 @@ def _without_bad(examples: layouts.Examples) -> layouts.Examples:
     for path, reason in faults.items():
         print(f"skipped {one_line(path)}: {reason}")
     return examples.subset([i for i, path in enumerate(examples.paths) if path not in faults])
+
+
+def evaluation_batch(settings: Settings) -> int:
+    """Images to evaluate at a time: no more than the run trains on, which fit the memory."""
+    return min(MOST_AT_ONCE, settings.part_size)
 
 
 def batch_logits(

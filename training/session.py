@@ -21,9 +21,9 @@ from run import Run
 from run_config import Phase, RunConfig
 from training import features, plan
 from training.evaluation import (
-    EVALUATION_BATCH,
     batch_logits,
     calibrate,
+    evaluation_batch,
     readable_failures,
     write_scores,
 )
@@ -222,7 +222,7 @@ def _evaluate_best(
     log.draw_curves()
     run.load_best(network)
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
-    batches = data.ordered_batches(loads["val"], val.labels, EVALUATION_BATCH)
+    batches = data.ordered_batches(loads["val"], val.labels, evaluation_batch(prepared.settings))
     logits = np.concatenate(list(batch_logits(network, batches, len(val), "val", phase.input_stage, stop)))
     temperature = calibrate(run, logits, val.labels)
     if phase.views and network.pools(phase.input_stage):
