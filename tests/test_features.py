@@ -303,9 +303,29 @@ def test_a_flipped_bit_in_a_row_or_its_checksum_is_found_when_that_row_is_read(
     flip(cache.file(data.CENTRAL_VIEW), 5 * ROW + place)
     assert cache.is_filled(data.CENTRAL_VIEW)
     assert np.array_equal(load(cache.loader(), others), expected)
-    with pytest.raises(DamagedCache, match=r"central\.bin: damaged cached activations; delete") as caught:
+    with pytest.raises(DamagedCache, match=r"central\.bin: damaged cached activations .*; delete") as caught:
         read_row(cache.loader(), 5)
     assert caught.value.path == str(cache.file(data.CENTRAL_VIEW))
+
+
+def test_a_damaged_file_is_deleted_but_not_the_new_one_that_another_run_has_put_in_its_place(
+    tmp_path: Path, examples: Examples
+) -> None:
+    cache = filled(make_cache(build(), "gap", examples, CENTRAL, tmp_path))
+    file = cache.file(data.CENTRAL_VIEW)
+    flip(file)
+    found: list[DamagedCache] = []
+    for _ in range(2):  # runs that share the cache
+        with pytest.raises(DamagedCache) as caught:
+            read_row(cache.loader(), COUNT // 2)
+        found.append(caught.value)
+    found[0].delete_file()
+    assert not file.exists()
+    found[0].delete_file()  # as another worker of the same run does
+    filled(cache)
+    found[1].delete_file()
+    read_row(cache.loader(), COUNT // 2)
+    assert cache.is_filled(data.CENTRAL_VIEW)
 
 
 def read_row(loader: data.Load, index: int) -> None:

@@ -224,10 +224,9 @@ def readable_failures() -> Iterator[None]:
         yield
     except tf.errors.OpError as error:
         # What Python raised inside the pipeline arrives as text.
-        damaged = re.search(r"DamagedCache: (.+): damaged cached", error.message)
         unreadable = re.search(r"ImageError: (.+)", error.message)
-        if damaged:
-            raise features.DamagedCache(damaged[1]) from None
+        if damaged := features.DamagedCache.from_text(error.message):
+            raise damaged from None
         if unreadable:
             raise UserError(f"{unreadable[1]}; python -m tools.check_data finds all bad images") from None
         if "No space left" in error.message or "File too large" in error.message:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import zlib
@@ -37,11 +38,31 @@ VIEW_SEED = 0  # of the random views: not the run's seed, so that runs with othe
 
 
 class DamagedCache(UserError):
-    """A row whose bytes are not those that were written."""
+    """A row whose bytes are not those that were written, in the file `path`, last `modified` so many ns after 1970.
 
-    def __init__(self, path: str):
-        super().__init__(f"{path}: damaged cached activations; delete this file and run the same command again")
-        self.path = path
+    TensorFlow hands on the text alone of what is raised in its pipelines: `from_text` reads one back.
+    """
+
+    def __init__(self, path: str, modified: int):
+        super().__init__(
+            f"{path}: damaged cached activations (modified {modified}); delete this file and run the same command again"
+        )
+        self.path, self.modified = path, modified
+
+    @classmethod
+    def from_text(cls, text: str) -> "DamagedCache | None":
+        """The one whose traceback `text` holds, if any."""
+        found = re.search(r"DamagedCache: (.+): damaged cached activations \(modified (\d+)\)", text)
+        return cls(found[1], int(found[2])) if found else None
+
+    def delete_file(self) -> None:
+        """Deletes the file, unless another run has done so, or has put a new one in its place.
+
+        Not by inode: some network file systems give a file another one each time.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(self.path).st_mtime_ns == self.modified:
+                os.unlink(self.path)
 
 
 class Cache:
@@ -112,7 +133,7 @@ class Cache:
         if size == len(self.examples) * self._row_bytes:
             return True
         print(f"cache      {file} is damaged ({size} bytes): computed again", flush=True)
-        file.unlink()
+        file.unlink(missing_ok=True)  # another run may have been first
         return False
 
     def missing_rows(self) -> int:
@@ -165,7 +186,7 @@ class Cache:
                 row = os.pread(descriptors[view], size, index * size)
                 values, checksum = row[:-CHECKSUM_BYTES], row[-CHECKSUM_BYTES:]
                 if len(row) != size or zlib.crc32(values).to_bytes(CHECKSUM_BYTES, "little") != checksum:
-                    raise DamagedCache(str(self.file(view)))
+                    raise DamagedCache(str(self.file(view)), os.fstat(descriptors[view]).st_mtime_ns)
                 x[place] = np.frombuffer(values, self.dtype).reshape(self.shape)
             return x
 

@@ -175,7 +175,7 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) 
                     return {"accuracy": accuracy, "log_loss": log_loss}
                 results = _evaluate_best(run, prepared, log, keeper.progress.best_step, phase, loads, stop)
         except features.DamagedCache as damage:  # nothing was trained on it: the loop continues at the same step
-            Path(damage.path).unlink(missing_ok=True)  # another worker may have been first
+            damage.delete_file()
             if replicas.workers > 1:
                 raise UserError(f"{damage.path} was damaged and is deleted: start all workers again") from None
             print(f"cache      {one_line(damage.path)} is damaged: computed again", flush=True)
