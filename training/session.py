@@ -158,13 +158,13 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) 
     if keeper.is_done() and (stored := _stored_results(run)):
         print("this run is complete: name a new --run to train again", flush=True)
         return stored
-    train, val = prepared.examples["train"], prepared.examples["val"]
+    examples = prepared.examples
     log: Log | NoLog = NoLog()
     if replicas.is_chief:
         log = Log(run, keeper.progress.log_lines)
-        log.events.images("train", "inputs", _sample_inputs(train, prepared.config), step=0)
-    order = data.Order(len(train), settings.batch_size, settings.seed, share=replicas.share)
-    loop = Loop(trainer, order, train, val, keeper, log, stop)
+        log.events.images("train", "inputs", _sample_inputs(examples["train"], prepared.config), step=0)
+    order = data.Order(len(examples["train"]), settings.batch_size, settings.seed, share=replicas.share)
+    loop = Loop(trainer, order, examples["train"], examples["val"], keeper, log, stop)
     results: dict[str, Any] = {}
     while not results:
         try:
@@ -218,7 +218,7 @@ def _evaluate_best(
     `loads` give the images of each split as the last `phase` takes them.
     """
     config, network = prepared.config, prepared.network
-    train, val = prepared.examples["train"], prepared.examples["val"]
+    val = prepared.examples["val"]
     log.draw_curves()
     run.load_best(network)
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
@@ -226,7 +226,7 @@ def _evaluate_best(
     logits = np.concatenate(list(batch_logits(network, batches, len(val), "val", phase.input_stage, stop)))
     temperature = calibrate(run, logits, val.labels)
     if phase.views and network.pools(phase.input_stage):
-        write_known(run, train, loads["train"], phase.views, val, loads["val"], stop)
+        write_known(run, prepared.examples["train"], loads["train"], phase.views, val, loads["val"], stop)
     results = write_scores(run.path, config, [logits], val, config.data.root, "val", temperature)
     pictures = ("confusion-val", "confusion-val-normalised", "worst-val", "reliability-val", "head-strengths")
     for file in (run.path / f"{picture}.png" for picture in pictures):
