@@ -34,7 +34,8 @@ class Images:
 class Findings:
     """What is worth a look. Rows of `Images`; the worst first, and groups across splits or classes before others.
 
-    distances: float32 [N], of every image to its `neighbours.NEIGHBOURS`-th nearest; those of outliers are the largest.
+    distances: float32 [N], of every image to its `neighbours.OUTLIER_NEIGHBOUR`-th nearest; those of outliers are the
+        largest.
     """
 
     accuracy: float
