@@ -34,8 +34,6 @@ from training.memory import fitting_parts
 from training.preparation import Prepared, copy_variables, prepare, resume
 from training.settings import Settings
 
-# -- training --------------------------------------------------------------------------------------------------------
-
 
 def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> dict[str, Any]:
     """Trains `run` on the images of `data_path`, from the start or from its last checkpoint, and evaluates its best.
@@ -123,6 +121,7 @@ def refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
 
 
 def _introduction(run: Run, config: RunConfig, remarks: str, replicas: Replicas) -> list[str]:
+    """The lines that say what is about to be trained, on what."""
     gpus, problem = tf.config.get_visible_devices("GPU"), devices.explain_gpu()
     device = f"{len(gpus)} GPU" if gpus else "CPU"
     if replicas.count > 1:
@@ -149,6 +148,7 @@ def _introduction(run: Run, config: RunConfig, remarks: str, replicas: Replicas)
 
 
 def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) -> dict[str, Any]:
+    """Does what is left of the run; returns the scores of its best checkpoint on the validation images."""
     settings, trainer = prepared.settings, prepared.trainer(replicas=replicas)
     keeper = Keeper(run, trainer, settings.patience)
     keeper.restore()
