@@ -214,6 +214,6 @@ def test_features_come_from_the_cache_view_by_view(solved, sample_images, weight
     stop = StopSignals()
     train_split = {"train": prepared.examples["train"]}
     load = prepared.cached_loads(prepared.config.phases, train_split, stop)["gap"]["train"]
-    rows = head.features(prepared.network, load, len(prepared.examples["train"]), (0, 1), stop)
+    rows = head.read_features(prepared.network, load, len(prepared.examples["train"]), (0, 1), stop)
     expected, _ = head_problem(solved, sample_images, weights)
     assert np.abs(rows - expected).max() < 1e-3

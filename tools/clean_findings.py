@@ -71,7 +71,7 @@ def all_features(prepared: Prepared, stop: StopSignals) -> tuple[np.ndarray, np.
     features, groups, first = [], [], 0
     for split, examples in prepared.examples.items():
         views = range(phase.views) if split == "train" else [CENTRAL_VIEW]
-        features.append(head.features(prepared.network, loads[split], len(examples), views, stop))
+        features.append(head.read_features(prepared.network, loads[split], len(examples), views, stop))
         groups.append(np.tile(np.arange(first, first + len(examples)), len(views)))
         first += len(examples)
     return np.concatenate(features), np.concatenate(groups)
