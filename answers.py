@@ -17,12 +17,19 @@ from predictor import Prediction
 Details = dict[str, object]  # what a JSON object holds besides the image and its predictions
 
 
-def format_prediction(prediction: Prediction, form: str, top: int, threshold: float | None, details: Details) -> str:
-    """One prediction as text, as a JSON object or as CSV rows (image, rank, class, probability, error).
+def csv_header(with_unknown: bool) -> str:
+    """The first line of a CSV."""
+    return csv_text([["image", "rank", "class", "probability", "error", *(["unknown"] if with_unknown else [])]])
+
+
+def format_prediction(
+    prediction: Prediction, form: str, top: int, threshold: float | None, details: Details, with_unknown: bool = False
+) -> str:
+    """One prediction as text, as a JSON object or as CSV rows: see `csv_header`.
 
     Where the most probable class is below `threshold`, text and CSV name no class: the CSV has one row of rank 1, with
-    an empty class and the probability of the best. JSON keeps the predictions and says so. Of an unknown image the CSV
-    says "unknown" in the column of errors.
+    an empty class and the probability of the best. JSON keeps the predictions and says so. With `with_unknown` JSON and
+    CSV say of each image that could be read whether it is unknown, true or false.
     """
     name, error, pairs = prediction.name, prediction.error, prediction.top(top)
     below = threshold is not None and not error and prediction.top(1)[0][1] < threshold
@@ -31,14 +38,14 @@ def format_prediction(prediction: Prediction, form: str, top: int, threshold: fl
             return json.dumps({"image": name, "error": error}) + "\n"
         found = [{"class": class_name, "probability": probability} for class_name, probability in pairs]
         extra = {} if threshold is None else {"below_threshold": below}
-        extra |= {} if prediction.unknown is None else {"unknown": prediction.unknown}
+        extra |= {"unknown": bool(prediction.unknown)} if with_unknown else {}
         return json.dumps({"image": name, "predictions": found, **extra, **details}) + "\n"
     if form == "csv":
+        last = ["" if error else json.dumps(bool(prediction.unknown))] if with_unknown else []
         if error:
-            return csv_text([[defused_path(name), "", "", "", defused(error)]])
+            return csv_text([[defused_path(name), "", "", "", defused(error), *last]])
         shown = [("", pairs[0][1])] if below else pairs
-        remark = "unknown" if prediction.unknown else ""
-        rows = [[defused_path(name), n, defused(c), f"{p:.6f}", remark] for n, (c, p) in enumerate(shown, start=1)]
+        rows = [[defused_path(name), n, defused(c), f"{p:.6f}", "", *last] for n, (c, p) in enumerate(shown, start=1)]
         return csv_text(rows)
     if error:
         return f"{one_line(name)}\n   error  {error}\n"

@@ -21,7 +21,7 @@ quiet_tensorflow()
 from tqdm import tqdm
 
 import devices
-from answers import Details, embedding_file, format_prediction, result_file, write_results
+from answers import Details, csv_header, embedding_file, format_prediction, result_file, write_results
 from dataset.walk import summary, walk
 from files import check_folder, check_writable
 from predictor import BATCH_SIZE, Prediction, Predictor
@@ -186,7 +186,6 @@ def main() -> int:
         check_not_replaced(files, places)
     else:
         files = (path for path in files if check_not_replaced([path], places))
-    devices.use_threads(run.config().threads)
     devices.grow_gpu_memory()
     drawing = arguments.heatmap is not None or arguments.boxes
     illustrator = Illustrator(arguments.heatmap, arguments.boxes) if drawing else None
@@ -204,7 +203,7 @@ def main() -> int:
         total,
         bool(arguments.output) or not sys.stdout.isatty(),
     )
-    count = failed = 0
+    count, failed, with_unknown = 0, 0, arguments.unknown is not None
     with contextlib.ExitStack() as files_of_results:
         write = embed = None
         if arguments.embeddings:
@@ -213,7 +212,7 @@ def main() -> int:
             write = files_of_results.enter_context(result_file(arguments.output))
         write = write or write_results
         if arguments.format == "csv":
-            write("image,rank,class,probability,error\n")
+            write(csv_header(with_unknown))
         for count, prediction in enumerate(predictions, start=1):
             if prediction.error:
                 failed += 1
@@ -221,7 +220,10 @@ def main() -> int:
             elif embed:
                 embed(prediction)
             details = illustrator.details(first + step * (count - 1), prediction) if illustrator else {}
-            write(format_prediction(prediction, arguments.format, arguments.top, arguments.threshold, details))
+            shown = format_prediction(
+                prediction, arguments.format, arguments.top, arguments.threshold, details, with_unknown
+            )
+            write(shown)
     # Some bad images are a partial result; with none that can be read there is no result.
     return 0 if not failed else 2 if failed == count else 1
 

@@ -48,7 +48,8 @@ class Prediction:
     name: the path as given, "" for bytes and arrays; error: why the image can't be read, "" where it can.
     probabilities: float [classes], in the order of `class_names`.
     features: float32 [C], the activations that enter the head, averaged over all positions.
-    unknown: whether it is unlike all training images, where that was asked for.
+    heatmap: where the network looked; unknown: whether the image is unlike all training images. Each is None where it
+    was not asked for.
     Of an image that can't be read both arrays are empty, and `top` is too.
     """
 
@@ -197,16 +198,15 @@ class Predictor:
         probabilities = np.mean([metrics.softmax(logits.numpy() / self._temperature) for *_, logits in outputs], axis=0)
         activations, features, _ = outputs[0]
         maps = class_maps(self._network, activations, probabilities.argmax(axis=1)) if self._heatmaps else None
-        is_unknown = self._known.are_beyond(features.numpy()) if self._known else np.zeros(len(batch), bool)
+        unknown = self._known.are_beyond(features.numpy()).tolist() if self._known else [None] * len(batch)
         for row, item in enumerate(batch):
             heatmap = None
             if maps is not None and item.picture is not None:
                 corner, side = data.central_crop(tf.constant(item.size), self._spec.crop_margin, item.reduction)
                 height, width, top, left, length = (int(n) * item.reduction for n in (*item.size, *corner, side))
                 heatmap = HeatMap(maps[row].numpy(), (height, width), (top, left, length), item.picture)
-            unknown = None if self._known is None else bool(is_unknown[row])
             of_image = probabilities[row], features[row].numpy()
-            yield Prediction(item.name, self.class_names, "", *of_image, heatmap, unknown)
+            yield Prediction(item.name, self.class_names, "", *of_image, heatmap, unknown[row])
 
 
 class _Known:

@@ -1,15 +1,7 @@
 """The run directory: one folder that holds everything a training run leaves, and all that other commands need of it.
 
-config.json   settings, classes, counts, preprocessing, versions, command line: see `run_config.py`
-classes.txt   class names, a line each
-images.csv    the images of the run: class, split, size, times and a hash of the content of each
-metrics.jsonl a line per log event: values that depend on the seed alone, equal however often the run was killed
-timing.jsonl  a line per line of metrics.jsonl: seconds and images/s, which depend on the machine
-train/, val/  TensorBoard event files
-latest/       the last two checkpoints, with the optimiser's state
-calibration.json  the temperature of calibrated probabilities
-known.npz     features of the training images, for --unknown (where the head alone was trained on cached activations)
-best/         the checkpoint with the highest validation accuracy, variables only
+README.md, "What a run leaves", says what each file is. The hidden ones are for this program alone: `.lock` is held by
+the process that trains, and `.complete` is written last of all.
 """
 
 import contextlib

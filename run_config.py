@@ -10,7 +10,7 @@ from typing import Any
 from console import UserError, one_line
 from data import Preprocessing
 from dataset.corrections import Correction
-from devices import compute_dtype
+from devices import compute_dtype, use_threads
 from model import NETWORKS, Network
 
 FORMAT = 2  # of config.json; 1 had no such number
@@ -159,7 +159,12 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
 
 
 def new_network(config: RunConfig, seeded: bool = True) -> Network:
-    """A run's network: initial values, or zeros unless `seeded`; UserError where its config describes none."""
+    """A run's network: initial values, or zeros unless `seeded`; UserError where its config describes none.
+
+    All that continues or uses a run comes through here, so it divides its operations among the run's threads first:
+    they decide how sums are rounded.
+    """
+    use_threads(config.threads)
     model = dataclasses.asdict(config.model) | ({} if seeded else {"seed": None})
     try:
         return Network(**model, compute_dtype=compute_dtype(config.precision))

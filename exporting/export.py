@@ -14,7 +14,6 @@ import skimage
 import tensorflow as tf
 
 import data
-import devices
 from console import StopSignals, UserError, one_line
 from dataset import images
 from exporting import graph
@@ -43,7 +42,6 @@ def export(run: Run, out: str, form: str, options: Options) -> None:
     """
     config, temperature, target = run.config(), run.temperature(), Path(out)
     _check_request(config, target, form, options)
-    devices.use_threads(config.threads)
     network = new_network(dataclasses.replace(config, precision="float32"))
     run.load_best(network)
     spec = config.preprocessing

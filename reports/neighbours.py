@@ -15,11 +15,12 @@ from PIL import Image
 BLOCK_ROWS = 1024  # of similarities at a time, [BLOCK_ROWS, N]
 MOST_PAIRS = 20_000_000  # pairs of near-duplicates that are listed: more would take GBs and no one would read them
 SAMPLE = 4096  # images whose distances set the threshold of near-duplicates
-NEIGHBOUR = 5  # whose distances are taken: not the nearest, which are copies where most images have one or some
+# The neighbour whose distance is taken: not the nearest, which are copies where most images have one or some.
+DUPLICATE_NEIGHBOUR = 5
 DUPLICATE_DEVIATIONS = 7.0  # so many, since the nearest of distinct images lies some nearer than the fifth
 OUTLIER_DEVIATIONS = 4.0
 OUTLIER_SHARE = 0.01  # of all images: what a person can look at
-NEIGHBOURS = 10  # copies of an outlier, up to nine, do not hide it
+OUTLIER_NEIGHBOUR = 10  # up to nine copies of an outlier do not hide it
 FEWEST = 10  # images that a distribution is taken from
 EXACT = 1 - 1e-5  # cosine of features that differ by rounding only
 THUMBNAIL = 12  # side in pixels
@@ -119,7 +120,7 @@ def unknown_threshold(scores: np.ndarray, rate: float) -> float:
     """The score that a known image exceeds with a probability of at most `rate`, from those of held-out known ones.
 
     The ceil((N + 1) (1 - rate))-th smallest: split conformal prediction (Vovk et al. 2005), which holds for any
-    distribution, and is N * rate of the N themselves, rounded down.
+    distribution; of the N themselves at most N * rate exceed it.
 
     Raises ValueError for a rate outside 0..1 and where N is too small to tell: it takes 1 / rate - 1 images.
     """
@@ -135,7 +136,7 @@ def unknown_threshold(scores: np.ndarray, rate: float) -> float:
 def find_outliers(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The images farthest from all others: rows int64, the farthest first; and every image's distance, float32 [N].
 
-    The distance is that to the `NEIGHBOURS`-th nearest other image, whatever its class. Listed are the farthest
+    The distance is that to the `OUTLIER_NEIGHBOUR`-th nearest other image, whatever its class. Listed are the farthest
     `OUTLIER_SHARE` of all, and those beyond the upper of `robust_limits` where they are more. A limit alone fails:
     where some classes are more varied than others, it lies beyond every image, while images of something else are still
     among the farthest; limits of each class were measured to find fewer of them. Features are [N, D]; among fewer than
@@ -143,7 +144,7 @@ def find_outliers(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if len(features) < FEWEST:
         return np.zeros(0, np.int64), np.zeros(len(features), np.float32)
-    distances = nearest(features, features, NEIGHBOURS, skip_self=True)[0]
+    distances = nearest(features, features, OUTLIER_NEIGHBOUR, skip_self=True)[0]
     beyond = int((distances > robust_limits(distances, OUTLIER_DEVIATIONS)[1]).sum())
     count = max(beyond, math.ceil(OUTLIER_SHARE * len(features)))
     return np.argsort(-distances, kind="stable")[:count], distances
@@ -168,7 +169,7 @@ def near_duplicates(
     """
     unit = unit_length(features)
     sample = np.linspace(0, len(unit) - 1, min(len(unit), SAMPLE)).astype(np.int64)
-    nearest, fifth = _sampled_neighbours(unit, sample)
+    most_similar, fifth = _sampled_neighbours(unit, sample)
     if threshold is None:
         limit = robust_limits(_distance(fifth), DUPLICATE_DEVIATIONS)[0] if len(unit) >= FEWEST else 0.0
         threshold = min(1 - limit**2 / 2, EXACT)
@@ -184,7 +185,7 @@ def near_duplicates(
             each(len(similarity))
     found = np.concatenate(similarities)
     order = np.argsort(-found, kind="stable")
-    return Duplicates(np.concatenate(pairs)[order], found[order], float(threshold), nearest)
+    return Duplicates(np.concatenate(pairs)[order], found[order], float(threshold), most_similar)
 
 
 def duplicate_groups(pairs: np.ndarray, image_count: int) -> list[np.ndarray]:
@@ -198,18 +199,18 @@ def duplicate_groups(pairs: np.ndarray, image_count: int) -> list[np.ndarray]:
 
 
 def _sampled_neighbours(unit: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Similarity of the nearest and of the `NEIGHBOUR`-th nearest other row, float32 [sample] each."""
+    """Similarity of the nearest and of the `DUPLICATE_NEIGHBOUR`-th nearest other row, float32 [sample] each."""
     last = len(unit) - 1
     if last < 1:
         return np.zeros(0, np.float32), np.zeros(0, np.float32)
-    positions = [len(unit) - min(NEIGHBOUR, last), last]
+    positions = [len(unit) - min(DUPLICATE_NEIGHBOUR, last), last]
     found = []
     for start, similarity in _similarities(unit[sample], unit):
         rows = np.arange(len(similarity))
         similarity[rows, sample[start + rows]] = -np.inf
         found.append(np.partition(similarity, positions, axis=1)[:, positions])
-    fifth, nearest = np.concatenate(found).T
-    return nearest, fifth
+    fifth, most_similar = np.concatenate(found).T
+    return most_similar, fifth
 
 
 def _distance(cosine: np.ndarray) -> np.ndarray:

@@ -128,28 +128,33 @@ def draw_curves(path: str | os.PathLike[str], lines: Iterable[Any]) -> None:
     """Draws loss, accuracy and learning rate against the epoch from the lines of metrics.jsonl; no records, no file.
 
     A record is {step, epoch, split: train|val, phase, loss, accuracy, learning_rate}; a figure that is missing, null,
-    NaN or infinite leaves a gap. Lines that are no records are ignored.
+    NaN or infinite leaves a gap. Lines that are no records are ignored. A phase with a record that has a `strength` was
+    solved and not trained in steps: its records are points without a line, and the title says so. Without a learning
+    rate there is no panel for it.
     """
     records = usable_records(lines)
     if not records:
         return
-    figure = Figure((8.0, 9.0), dpi=DPI, layout="constrained")
-    panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
+    solved = {phase_of(record) for record in records if math.isfinite(number(record, "strength"))}
+    rates = [record for record in records if math.isfinite(number(record, "learning_rate"))]
+    heights = (3, 3, 2) if rates else (3, 3)
+    figure = Figure((8.0, 1.0 + sum(heights)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     styles = {"train": ("training", BLUE, "-", "."), "val": ("validation", ORANGE, "--", "o")}
     for split, (label, colour, line, marker) in styles.items():
         of_split = [record for record in records if record["split"] == split]
-        if not of_split:
-            continue
-        few = marker if split == "val" or len(of_split) <= 100 else ""  # a single point has no line
-        for axes, key in zip(panels[:2], ("loss", "accuracy"), strict=True):
-            axes.plot(_column(of_split, "epoch"), _column(of_split, key), line, color=colour, marker=few, label=label,
-                      markersize=5, linewidth=1.4)  # fmt: skip
-    rates = [record for record in records if math.isfinite(number(record, "learning_rate"))]
+        for is_solved, group in itertools.groupby(of_split, key=lambda record: phase_of(record) in solved):
+            part = list(group)
+            few = marker if split == "val" or len(part) <= 100 else ""  # a single point has no line
+            style = {"linestyle": "", "marker": "o"} if is_solved else {"linestyle": line, "marker": few}
+            for axes, key in zip(panels[:2], ("loss", "accuracy"), strict=True):
+                axes.plot(_column(part, "epoch"), _column(part, key), **style, color=colour, label=label,
+                          markersize=5, linewidth=1.4)  # fmt: skip
     for _, group in itertools.groupby(rates, key=phase_of):  # no line from phase to phase
         of_phase = list(group)
         panels[2].plot(_column(of_phase, "epoch"), _column(of_phase, "learning_rate"), color=GREEN,
                        marker="." if len(rates) <= 100 else "", linewidth=1.4)  # fmt: skip
-    for axes, label in zip(panels, ("loss", "accuracy", "learning rate"), strict=True):
+    for axes, label in zip(panels, ("loss", "accuracy", "learning rate"), strict=False):
         axes.set_ylabel(label)
         axes.grid(color="0.9")
     losses = _column(records, "loss")
@@ -157,12 +162,17 @@ def draw_curves(path: str | os.PathLike[str], lines: Iterable[Any]) -> None:
     if losses.size and losses.max() > LOG_FROM * losses.min():
         panels[0].set_yscale("log", nonpositive="mask")
         panels[0].grid(color="0.95", which="minor")
-    for axes in (panels[0], panels[2]):
+    for axes in (panels[0], *panels[2:]):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-    panels[2].set_xlabel("epoch")
+    panels[-1].set_xlabel("epoch")
     _mark_phases(panels, records)
     _add_step_axis(panels[0], records)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    if solved:
+        names = ", ".join(sorted(_drawable(str(phase)) for phase in solved))
+        title = f"{names}: solved exactly, not in steps; its points are before and after"
+        panels[0].set_title(fit_text(title, 7.0, 10), **text_style(10))
+    by_label = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))  # each once
+    figure.legend(by_label.values(), by_label.keys(), loc="outside upper right", ncols=2, frameon=False)
     save_figure(figure, path)
 
 

@@ -261,7 +261,7 @@ def test_planted_outliers_are_the_first_listed():
     rows, distances = neighbours.find_outliers(x)
     assert sorted(rows[:2]) == [7, 200]
     assert len(rows) == 3  # one in a hundred, since no limit for both classes is low enough
-    assert distances == pytest.approx(neighbours.nearest(x, x, neighbours.NEIGHBOURS, skip_self=True)[0])
+    assert distances == pytest.approx(neighbours.nearest(x, x, neighbours.OUTLIER_NEIGHBOUR, skip_self=True)[0])
     assert distances[rows].tolist() == sorted(distances, reverse=True)[:3]
 
 

@@ -58,9 +58,11 @@ class NoiseLoader:
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
+        self.batch_sizes: set[int] = set()
 
     def __call__(self, positions: tf.data.Dataset, batch_size: int) -> tf.data.Dataset:
         self.asked += [(int(index), int(view)) for index, view in positions.as_numpy_iterator()]
+        self.batch_sizes.add(batch_size)
 
         def image(index: tf.Tensor, view: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             return 60 * tf.random.stateless_normal([32, 32, 3], tf.stack([index, view])), index
@@ -79,8 +81,9 @@ def make_cache(
     views: list[int],
     root: Path,
     spec: data.Preprocessing = SPEC,
+    batch: int = features.BATCH_SIZE,
 ) -> Cache:
-    return Cache(model, stage, examples, fingerprints(examples.paths, {}, 2), spec, views, str(root))
+    return Cache(model, stage, examples, fingerprints(examples.paths, {}, 2), spec, views, str(root), batch=batch)
 
 
 def filled(cache: Cache, source: data.Load | None = None) -> Cache:
@@ -229,6 +232,19 @@ def test_a_truncated_partial_file_is_completed_to_the_same_bytes(
     assert bars == [(COUNT, COUNT)]  # the rows that were there count as progress
 
 
+def test_rows_are_computed_in_batches_of_the_size_that_was_asked_for(tmp_path: Path, examples: Examples) -> None:
+    """Also the rest of an interrupted computation, whose rows beyond a whole batch are computed again."""
+    cache = filled(make_cache(build(), "gap", examples, CENTRAL, tmp_path, batch=8))
+    whole = files_of(cache)
+    (cache.folder / "central.bin").unlink()
+    (cache.folder / "central.partial").write_bytes(whole["central.bin"][: 20 * ROW])
+    source = NoiseLoader()
+    filled(cache, source)
+    assert [index for index, _ in source.asked] == list(range(16, COUNT))
+    assert source.batch_sizes == {8}
+    assert files_of(cache) == whole
+
+
 class StopAfter(StopSignals):
     """A signal that arrives before the `count`-th check."""
 
@@ -287,9 +303,29 @@ def test_a_flipped_bit_in_a_row_or_its_checksum_is_found_when_that_row_is_read(
     flip(cache.file(data.CENTRAL_VIEW), 5 * ROW + place)
     assert cache.is_filled(data.CENTRAL_VIEW)
     assert np.array_equal(load(cache.loader(), others), expected)
-    with pytest.raises(DamagedCache, match=r"central\.bin: damaged cached activations; delete") as caught:
+    with pytest.raises(DamagedCache, match=r"central\.bin: damaged cached activations .*; delete") as caught:
         read_row(cache.loader(), 5)
     assert caught.value.path == str(cache.file(data.CENTRAL_VIEW))
+
+
+def test_a_damaged_file_is_deleted_but_not_the_new_one_that_another_run_has_put_in_its_place(
+    tmp_path: Path, examples: Examples
+) -> None:
+    cache = filled(make_cache(build(), "gap", examples, CENTRAL, tmp_path))
+    file = cache.file(data.CENTRAL_VIEW)
+    flip(file)
+    found: list[DamagedCache] = []
+    for _ in range(2):  # runs that share the cache
+        with pytest.raises(DamagedCache) as caught:
+            read_row(cache.loader(), COUNT // 2)
+        found.append(caught.value)
+    found[0].delete_file()
+    assert not file.exists()
+    found[0].delete_file()  # as another worker of the same run does
+    filled(cache)
+    found[1].delete_file()
+    read_row(cache.loader(), COUNT // 2)
+    assert cache.is_filled(data.CENTRAL_VIEW)
 
 
 def read_row(loader: data.Load, index: int) -> None:
@@ -326,8 +362,14 @@ def test_a_file_of_another_size_is_computed_again(
 # -- the key ----------------------------------------------------------------------------------------------------------
 
 
-def key(model: Network, examples: Examples, stage: str = "conv5", spec: data.Preprocessing = SPEC) -> str:
-    return make_cache(model, stage, examples, VIEWS, Path("unused"), spec).folder.name
+def key(
+    model: Network,
+    examples: Examples,
+    stage: str = "conv5",
+    spec: data.Preprocessing = SPEC,
+    batch: int = features.BATCH_SIZE,
+) -> str:
+    return make_cache(model, stage, examples, VIEWS, Path("unused"), spec, batch).folder.name
 
 
 def copy_below(stage: str, source: Network, target: Network) -> Network:
@@ -351,6 +393,7 @@ def test_the_key_changes_with_everything_that_activations_depend_on(examples: Ex
         key(build(), examples, spec=data.Preprocessing(32, augment=("flip",))),
         key(build(), other_order),
         key(build(), examples.subset(range(COUNT - 1))),
+        key(build(), examples, batch=8),
     ]
     keys += [
         key(build(), examples, spec=data.Preprocessing(32, mean_rgb=(1.0, 0.0, 0.0))),
@@ -361,7 +404,7 @@ def test_the_key_changes_with_everything_that_activations_depend_on(examples: Ex
     path.write_text("image 5.")  # of the same length, and of the same time
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     keys.append(key(build(), examples))
-    assert len(set(keys)) == len(keys) == 12
+    assert len(set(keys)) == len(keys) == 13
 
 
 def test_the_key_does_not_change_with_the_places_and_times_of_the_images(tmp_path: Path, examples: Examples) -> None:

@@ -1,6 +1,7 @@
 """The exact head inside a run: what is solved, logged, kept, resumed and calibrated."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -17,9 +18,10 @@ import train
 from console import Stopped, StopSignals, UserError
 from model import Network
 from reports import metrics
+from reports.pictures import draw_strengths
 from run import Run
 from tests.conftest import TINY, call
-from training import evaluation, features, head, loop, plan, preparation
+from training import evaluation, features, head, log, loop, plan, preparation
 from training.settings import Settings
 
 SOLVED = ("--train-from", "head", "--cached-views", 2, "--cache-dir", "cache")
@@ -77,8 +79,8 @@ def test_the_path_of_strengths_is_logged_and_the_best_of_it_taken(solved):
     strengths = [point["strength"] for point in path]
     assert strengths == sorted(strengths, reverse=True)
     best = min(path, key=lambda point: point["log_loss"])
-    assert abs(lines[1]["log_loss"] if "log_loss" in lines[1] else best["log_loss"] - best["log_loss"]) < 1e-3
-    assert lines[1]["strength"] in strengths
+    (chosen,) = (point for point in path if point["strength"] == lines[1]["strength"])
+    assert chosen["log_loss"] - best["log_loss"] < 1e-3
     assert lines[1]["step"] == lines[2]["step"] == Run(solved).config().phases[-1].end_step
 
 
@@ -102,8 +104,19 @@ def test_two_runs_and_a_run_that_was_stopped_while_it_solved_are_the_same(
         assert (tmp_path / "again" / name).read_bytes() == (solved / name).read_bytes(), name
 
 
-def test_a_second_stage_starts_from_the_optimum(tmp_path, sample_images, weights, monkeypatch):
+def test_a_second_stage_starts_from_the_optimum_and_the_strengths_are_drawn_once(
+    tmp_path, sample_images, weights, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
+    drawn = []
+
+    def draw(path, lines):
+        drawn.append(os.path.basename(path))
+        draw_strengths(path, lines)
+
+    monkeypatch.setattr(log, "draw_strengths", draw)
+    monkeypatch.setattr(log, "draw_curves", lambda path, lines: drawn.append(os.path.basename(path)))
+    monkeypatch.setattr(log.Pacer, "due", lambda self: True)
     seen = {}
     original = loop.Loop.run_phase
 
@@ -114,6 +127,8 @@ def test_a_second_stage_starts_from_the_optimum(tmp_path, sample_images, weights
     monkeypatch.setattr(loop.Loop, "run_phase", run_phase)
     flags = ("--train-from", "conv5", "--head-epochs", 1, "--epochs", 2, "--cached-views", 2, "--cache-dir", "cache")
     assert call(train, sample_images, "--run", "run", *TINY, "--pretrained", weights, *flags) == 0
+    assert drawn == ["curves.png", "head-strengths.png", "curves.png", "curves.png"]  # each phase, and in the end
+    assert (tmp_path / "run/head-strengths.png").is_file()
     assert list(seen) == ["conv5"]
     assert np.abs(seen["conv5"]["small/gap/weights"]).max() > 1e-3
     phases = Run(tmp_path / "run").config().phases
@@ -199,6 +214,6 @@ def test_features_come_from_the_cache_view_by_view(solved, sample_images, weight
     stop = StopSignals()
     train_split = {"train": prepared.examples["train"]}
     load = prepared.cached_loads(prepared.config.phases, train_split, stop)["gap"]["train"]
-    rows = head.features(prepared.network, load, len(prepared.examples["train"]), (0, 1), stop)
+    rows = head.read_features(prepared.network, load, len(prepared.examples["train"]), (0, 1), stop)
     expected, _ = head_problem(solved, sample_images, weights)
     assert np.abs(rows - expected).max() < 1e-3

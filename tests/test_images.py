@@ -94,7 +94,8 @@ def grey(levels: np.ndarray) -> np.ndarray:
     return np.repeat(levels[..., None], 3, -1)
 
 
-def near(contents: bytes, expected: np.ndarray, tolerance: float) -> None:
+def assert_pixels(contents: bytes, expected: np.ndarray, tolerance: float) -> None:
+    """Asserts that a file is decoded to `expected`, [H, W, 3], by up to `tolerance` levels."""
     pixels = decode_image(contents, "x")
     assert pixels.shape == expected.shape
     assert pixels.dtype == np.uint8
@@ -106,37 +107,37 @@ def near(contents: bytes, expected: np.ndarray, tolerance: float) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
 def test_lossless_colour_is_exact(kind: str) -> None:
-    near(encode(noise(), kind), noise(), 0)
+    assert_pixels(encode(noise(), kind), noise(), 0)
 
 
 def test_lossless_webp_is_exact() -> None:
-    near(encode(noise(), "WEBP", lossless=True), noise(), 0)
+    assert_pixels(encode(noise(), "WEBP", lossless=True), noise(), 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
 def test_jpeg(options: dict) -> None:
-    near(encode(smooth(), "JPEG", quality=98, **options), smooth(), 8)
+    assert_pixels(encode(smooth(), "JPEG", quality=98, **options), smooth(), 8)
 
 
 def test_lossy_webp() -> None:
-    near(encode(smooth(), "WEBP", quality=98), smooth(), 12)
+    assert_pixels(encode(smooth(), "WEBP", quality=98), smooth(), 12)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF"])
 def test_greyscale(kind: str) -> None:
     levels = noise()[..., 0]
-    near(encode(levels, kind), grey(levels), 0)
+    assert_pixels(encode(levels, kind), grey(levels), 0)
 
 
 def test_greyscale_jpeg() -> None:
     levels = smooth()[..., 0]
-    near(encode(levels, "JPEG", quality=98), grey(levels), 4)
+    assert_pixels(encode(levels, "JPEG", quality=98), grey(levels), 4)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF"])
 def test_one_bit(kind: str) -> None:
     bits = noise()[..., 0] > 127
-    near(encode(Image.fromarray(bits), kind), grey(bits * 255), 0)
+    assert_pixels(encode(Image.fromarray(bits), kind), grey(bits * 255), 0)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "GIF"])
@@ -145,7 +146,7 @@ def test_palette(kind: str) -> None:
     image = Image.fromarray(indices, "L").convert("P")
     image.putdata(indices.ravel().tolist())
     image.putpalette(palette.ravel().tolist())
-    near(encode(image, kind), palette[indices], 0)
+    assert_pixels(encode(image, kind), palette[indices], 0)
 
 
 def test_palette_with_transparency_of_every_level() -> None:
@@ -153,7 +154,7 @@ def test_palette_with_transparency_of_every_level() -> None:
     alphas = np.arange(16, dtype=np.uint8) * 17
     rows = b"".join(b"\0" + row.tobytes() for row in indices)
     extra = chunk(b"PLTE", palette.tobytes()) + chunk(b"tRNS", alphas.tobytes())
-    near(png(47, 33, 8, 3, rows, extra), over_white(palette[indices], alphas[indices]), 1)
+    assert_pixels(png(47, 33, 8, 3, rows, extra), over_white(palette[indices], alphas[indices]), 1)
 
 
 def test_transparent_gif_is_white_there_and_only_the_first_frame_counts() -> None:
@@ -167,26 +168,26 @@ def test_transparent_gif_is_white_there_and_only_the_first_frame_counts() -> Non
     contents = encode(first, "GIF", save_all=True, append_images=[second] * 3, transparency=1)
     expected = np.full((20, 20, 3), (200, 10, 20))
     expected[5:10] = 255
-    near(contents, expected, 0)
+    assert_pixels(contents, expected, 0)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_alpha_is_laid_over_white(kind: str) -> None:
     rgba = noise(channels=4)
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    near(encode(rgba, kind, **options), over_white(rgba[..., :3], rgba[..., 3]), 1)
+    assert_pixels(encode(rgba, kind, **options), over_white(rgba[..., :3], rgba[..., 3]), 1)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_grey_with_alpha(kind: str) -> None:
     la = noise(channels=2)
-    near(encode(Image.fromarray(la, "LA"), kind), over_white(grey(la[..., 0]), la[..., 1]), 1)
+    assert_pixels(encode(Image.fromarray(la, "LA"), kind), over_white(grey(la[..., 0]), la[..., 1]), 1)
 
 
 def test_premultiplied_alpha_in_tiff() -> None:
     levels, alpha = np.full((8, 8), 100, np.uint8), np.full((8, 8), 128, np.uint8)  # 100 of 128: 199 at half opacity
     contents = tiff(np.stack([levels, alpha], -1), photometric="minisblack", planarconfig="contig", extrasamples=[1])
-    near(contents, np.full((8, 8, 3), 100 + 127), 2)
+    assert_pixels(contents, np.full((8, 8, 3), 100 + 127), 2)
 
 
 @pytest.mark.parametrize("colour", [0, 2, 4, 6])
@@ -195,12 +196,14 @@ def test_16_bit_png(colour: int) -> None:
     wide = np.random.default_rng(1).integers(0, 65536, (33, 47, channels))
     if channels == 1:
         wide[0] = np.arange(47)[:, None] * 257  # whole levels come out exactly
-        near(png16(wide, 0), grey(np.rint(wide[..., 0] / 257)), 0)
+        assert_pixels(png16(wide, 0), grey(np.rint(wide[..., 0] / 257)), 0)
         return
     narrow = wide / 257
     rgb = narrow[..., :3] if channels > 2 else grey(narrow[..., 0])
     # Pillow keeps the high byte: up to one level off.
-    near(png16(wide, colour), over_white(rgb, narrow[..., -1]) if channels in (2, 4) else rgb, 2 - (channels == 3))
+    assert_pixels(
+        png16(wide, colour), over_white(rgb, narrow[..., -1]) if channels in (2, 4) else rgb, 2 - (channels == 3)
+    )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
@@ -208,17 +211,17 @@ def test_transparent_level_of_a_grey_png(bits: int) -> None:
     """A hand-written row of two pixels: level 1, which is transparent, and level 0."""
     row = {1: b"\x80", 2: b"\x40", 4: b"\x10", 8: b"\x01\x00", 16: b"\x00\x01\x00\x00"}[bits]
     contents = png(2, 1, bits, 0, b"\0" + row, chunk(b"tRNS", b"\0\1"))
-    near(contents, np.array([[[255] * 3, [0] * 3]]), 0)
+    assert_pixels(contents, np.array([[[255] * 3, [0] * 3]]), 0)
 
 
 def test_transparent_colour_of_a_png() -> None:
     contents = png(2, 1, 8, 2, b"\0\1\2\3\4\5\6", chunk(b"tRNS", bytes([0, 1, 0, 2, 0, 3])))
-    near(contents, np.array([[[255] * 3, [4, 5, 6]]]), 0)
+    assert_pixels(contents, np.array([[[255] * 3, [4, 5, 6]]]), 0)
 
 
 def test_transparent_colour_of_a_16_bit_png() -> None:
     contents = png16(np.array([[[256, 512, 768], [1024, 1280, 1536]]]), 2, chunk(b"tRNS", bytes([1, 0, 2, 0, 3, 0])))
-    near(contents, np.array([[[255] * 3, [4, 5, 6]]]), 0)
+    assert_pixels(contents, np.array([[[255] * 3, [4, 5, 6]]]), 0)
 
 
 def cmyk_to_rgb(cmyk: np.ndarray) -> np.ndarray:
@@ -228,16 +231,16 @@ def cmyk_to_rgb(cmyk: np.ndarray) -> np.ndarray:
 
 def test_cmyk_tiff() -> None:
     cmyk = noise(channels=4)
-    near(encode(Image.fromarray(cmyk, "CMYK"), "TIFF"), cmyk_to_rgb(cmyk), 1)
+    assert_pixels(encode(Image.fromarray(cmyk, "CMYK"), "TIFF"), cmyk_to_rgb(cmyk), 1)
 
 
 def test_cmyk_jpeg_with_and_without_adobe_marker() -> None:
     cmyk = np.dstack([smooth(), np.full((64, 96), 40, np.uint8)])
     adobe = encode(Image.fromarray(cmyk, "CMYK"), "JPEG", quality=98, subsampling=0)
-    near(adobe, cmyk_to_rgb(cmyk), 8)
+    assert_pixels(adobe, cmyk_to_rgb(cmyk), 8)
     at = adobe.index(b"\xff\xee")
     plain = adobe[:at] + adobe[at + 2 + int.from_bytes(adobe[at + 2 : at + 4], "big") :]
-    near(plain, cmyk_to_rgb(255 - cmyk), 8)  # the same numbers, not inverted
+    assert_pixels(plain, cmyk_to_rgb(255 - cmyk), 8)  # the same numbers, not inverted
 
 
 def test_ycck_jpeg() -> None:
@@ -250,7 +253,7 @@ def test_ycck_jpeg() -> None:
     at = contents.index(b"Adobe")
     assert contents[at + 11] == 0
     contents[at + 11] = 2
-    near(bytes(contents), rgb, 12)
+    assert_pixels(bytes(contents), rgb, 12)
 
 
 # Numbers that are no pictures yet
@@ -259,17 +262,17 @@ def test_ycck_jpeg() -> None:
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_16_bit_tiff(order: str) -> None:
     wide = np.random.default_rng(1).integers(0, 65536, (20, 30)).astype(np.uint16)
-    near(tiff(wide, byteorder=order), grey(np.rint(wide / 257)), 0)
+    assert_pixels(tiff(wide, byteorder=order), grey(np.rint(wide / 257)), 0)
 
 
 def test_tiff_whose_least_value_is_white() -> None:
     wide: np.ndarray = np.random.default_rng(1).integers(0, 65536, (20, 30)).astype(np.uint16)
-    near(tiff(wide, photometric="miniswhite"), grey(255 - np.rint(wide / 257)), 0)
+    assert_pixels(tiff(wide, photometric="miniswhite"), grey(255 - np.rint(wide / 257)), 0)
 
 
 def test_16_bit_colour_tiff() -> None:
     wide = np.random.default_rng(1).integers(0, 65536, (20, 30, 3)).astype(np.uint16)
-    near(tiff(wide, photometric="rgb"), wide / 257, 1)
+    assert_pixels(tiff(wide, photometric="rgb"), wide / 257, 1)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int16, np.int32, np.uint32])
@@ -287,18 +290,18 @@ def test_12_bit_tiff_is_refused() -> None:
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd"])
 def test_compressed_tiff(compression: str) -> None:
-    near(encode(noise(), "TIFF", compression=compression), noise(), 0)
+    assert_pixels(encode(noise(), "TIFF", compression=compression), noise(), 0)
 
 
 @pytest.mark.parametrize("options", [{"bigtiff": True}, {"tile": (16, 16)}, {"planarconfig": "separate"}])
 def test_tiff_layouts(options: dict) -> None:
     array = noise()
     stored = np.moveaxis(array, -1, 0) if "planarconfig" in options else array
-    near(tiff(stored, photometric="rgb", **options), array, 0)
+    assert_pixels(tiff(stored, photometric="rgb", **options), array, 0)
 
 
 def test_first_page_of_a_tiff() -> None:
-    near(tiff(np.stack([noise(), 255 - noise()]), photometric="rgb"), noise(), 0)
+    assert_pixels(tiff(np.stack([noise(), 255 - noise()]), photometric="rgb"), noise(), 0)
 
 
 def test_bands_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +314,7 @@ def test_bands_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 100), (700, 7), (65535, 1)])
 def test_small_and_long(width: int, height: int) -> None:
-    near(encode(noise(height, width), "PNG"), noise(height, width), 0)
+    assert_pixels(encode(noise(height, width), "PNG"), noise(height, width), 0)
 
 
 # Orientation
@@ -340,7 +343,7 @@ def test_orientation(kind: str, orientation: int) -> None:
     stored = decode_image(encode(array, kind, **({"lossless": True} if kind == "WEBP" else {})), "x")
     angle, mirrored = TURNS.get(orientation, (0, False))
     expected = rotate(stored[:, ::-1] if mirrored else stored, angle, resize=True, order=0, preserve_range=True)
-    near(encode(array, kind, **options), expected, 0)
+    assert_pixels(encode(array, kind, **options), expected, 0)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

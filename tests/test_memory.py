@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
+import evaluate
 import train
 from console import Stopped
 from model import Network
 from run import Run
 from tests.conftest import TINY, call
+from training import features
 from training.loop import Loop
 
 FLAGS = [*TINY, "--head", "linear", "--epochs", "2", "--augment", "flip", "--auto-batch"]  # 36 images: 5 steps an epoch
@@ -86,6 +88,30 @@ def test_a_run_that_has_begun_goes_on_in_parts(
         [line["loss"] for line in Run(tmp_path / name).read_lines("metrics.jsonl")] for name in ("whole", "parts")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_run_in_parts_computes_no_more_images_at_once_anywhere(
+    sample_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do its cached activations, its validation, its last evaluation and evaluate.py."""
+    largest, forward = [0], Network.forward
+
+    def note(images: int) -> int:
+        largest[0] = max(largest[0], int(images))
+        return images
+
+    def noting(self: Network, x: tf.Tensor, *arguments: Any, **keywords: Any) -> tf.Tensor:
+        with tf.control_dependencies([tf.numpy_function(note, [tf.shape(x)[0]], tf.int32)]):
+            return forward(self, tf.identity(x), *arguments, **keywords)
+
+    monkeypatch.setattr(Network, "forward", noting)
+    flags = ["--train-from", "conv5", "--cached-views", 1, "--epochs", 1, "--cache-dir", tmp_path / "cache"]
+    assert call(train, sample_images, "--run", tmp_path / "run", *TINY, *flags, "--accumulate", 3) == 0
+    assert largest == [3]  # of 8 images in three parts
+    assert call(evaluate, "--run", tmp_path / "run") == 0
+    assert largest == [3]
+    assert call(train, sample_images, "--run", tmp_path / "whole", *TINY, *flags) == 0
+    assert largest == [features.BATCH_SIZE]  # runs of other batch sizes share it
 
 
 def test_trying_changes_nothing(memory: dict[str, int], sample_images: Path, tmp_path: Path) -> None:

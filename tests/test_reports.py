@@ -440,6 +440,39 @@ def test_the_path_of_strengths_shows_errors_and_the_chosen_one(figures, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+SOLVED = [  # as a run writes it whose head was solved, before and after
+    {"step": 0, "epoch": 0.0, "split": "train", "phase": "head", "loss": 2.5, "accuracy": 0.1},
+    {"step": 20, "epoch": 2.0, "split": "train", "phase": "head", "loss": 0.2, "accuracy": 0.97, "strength": 0.01},
+    {"step": 20, "epoch": 2.0, "split": "val", "phase": "head", "loss": 0.4, "accuracy": 0.9},
+]
+
+
+def test_a_solved_head_has_points_without_lines_and_no_panel_of_learning_rates(figures):
+    pictures.draw_curves("unused", SOLVED)
+    texts = check_texts(figures[0])
+    assert "head: solved exactly, not in steps; its points are before and after" in texts
+    assert "learning rate" not in texts
+    loss, accuracy = figures[0].axes
+    for axes, training, validation in ((loss, [2.5, 0.2], [0.4]), (accuracy, [0.1, 0.97], [0.9])):
+        assert [list(line.get_ydata()) for line in axes.lines] == [training, validation]
+        assert all((line.get_linestyle(), line.get_marker()) == ("None", "o") for line in axes.lines)
+
+
+def test_steps_after_a_solved_head_are_a_line_of_their_own(figures):
+    after = [{**record, "phase": "conv5"} for record in records_of(range(25, 41, 5))]
+    pictures.draw_curves("unused", [*SOLVED, *after])
+    texts = check_texts(figures[0])
+    assert {"learning rate", "conv5 begins"} <= set(texts)
+    assert (texts.count("training"), texts.count("validation")) == (1, 1)
+    loss, _, rate = figures[0].axes
+    lines = {(line.get_label(), line.get_linestyle()): list(line.get_xdata()) for line in loss.lines[:4]}
+    assert lines == {
+        ("training", "None"): [0, 2], ("training", "-"): [2.5, 3, 3.5, 4],
+        ("validation", "None"): [2], ("validation", "--"): [3, 4],
+    }  # fmt: skip
+    assert list(rate.lines[0].get_xdata()) == [2.5, 3, 3.5, 4]
+
+
 def test_a_resumed_run_repeats_no_point(figures):
     records = records_of(range(5, 61, 5))
     repeated = [{**record, "loss": 7.0} for record in records_of(range(45, 81, 5))]
@@ -454,9 +487,10 @@ def test_curves_of_next_to_nothing(tmp_path):
     pictures.draw_curves(path, [])
     assert not list(tmp_path.iterdir())
     one = {"step": 0, "epoch": 0.0, "split": "val", "phase": "head", "loss": float("nan"), "accuracy": None}
-    for records in ([one], records_of([1]), [{**one, "loss": float("inf")}, *records_of([3], change_after=1)]):
+    infinite = {**one, "loss": float("inf")}
+    for records, height in (([one], 700), (records_of([1]), 900), ([infinite, *records_of([3], change_after=1)], 900)):
         pictures.draw_curves(path, records)
-        assert png_size(path) == (800, 900)
+        assert png_size(path) == (800, height)  # without a learning rate there is no panel for it
 
 
 def test_curves_leave_a_gap_for_nan(figures):

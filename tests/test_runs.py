@@ -15,10 +15,12 @@ import xxhash
 from PIL import Image
 
 import evaluate
+import export
 import inference
 import train
 from console import exit_status
 from dataset.contents import content_hash, fingerprints
+from predictor import Predictor
 from run import Run, newest_run
 from run_config import RunConfig
 from training import loop, plan, preparation, session
@@ -603,13 +605,16 @@ def test_one_core_gives_the_bits_of_two(run_script, begun, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (begun[1] / "metrics.jsonl").read_bytes()
 
 
-def test_threads_of_a_resumed_run_are_those_it_began_with(copies, monkeypatch):
+def test_all_that_uses_a_run_divides_its_work_among_the_threads_that_the_run_began_with(copies, monkeypatch, tmp_path):
     images, run = copies
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "threads": 3}), encoding="utf-8")
     asked: list[int] = []
     monkeypatch.setattr(tf.config.threading, "set_intra_op_parallelism_threads", asked.append)
-    for command in ((train, images, *SMALL), (evaluate,), (inference, next(images.rglob("*.jpg")))):
+    export_npz = (export, "--format", "npz", tmp_path / "run.npz")
+    for command in ((train, images, *SMALL), (evaluate,), (inference, next(images.rglob("*.jpg"))), export_npz):
         assert call(*command, "--run", run) == 0
-        assert set(asked) == {3}
+        assert set(asked) == {3}, command[0]
         asked.clear()
+    Predictor(run)
+    assert asked == [3]

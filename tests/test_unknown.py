@@ -13,7 +13,7 @@ from model import Network
 from predictor import Predictor
 from reports.neighbours import unit_length
 from run import Run
-from tests.conftest import TINY, call
+from tests.conftest import TINY, call, rows_of
 from training import known
 
 
@@ -56,14 +56,21 @@ def test_known_images_exceed_the_limit_as_rarely_as_asked(run, sample_images):
     assert predictor._known.are_beyond(np.eye(2, 256, dtype=np.float32)).tolist() == [True, True]  # one channel alone
 
 
-def test_every_format_says_what_is_unknown(run, sample_images, monkeypatch, capfd):
+def test_every_format_says_what_is_unknown(run, sample_images, tmp_path, monkeypatch, capfd):
     images = sorted((sample_images / "val").rglob("*.jpg"))
+    (tmp_path / "bad.jpg").write_text("text")
     monkeypatch.setattr("predictor._Known.are_beyond", lambda self, features: np.arange(len(features)) == 0)
     arguments = (*images[:2], "--run", run, "--unknown", 0.1, "--format")
     assert call(inference, *arguments, "json") == 0
     assert [json.loads(line)["unknown"] for line in capfd.readouterr().out.splitlines()] == [True, False]
-    assert call(inference, *arguments, "csv") == 0
-    assert capfd.readouterr().out.splitlines()[1].endswith(",unknown")
+    table = tmp_path / "out.csv"
+    assert call(inference, tmp_path / "bad.jpg", *arguments, "csv", "--top", 2, "--output", table) == 1
+    rows = [(row["rank"], row["error"], row["unknown"]) for row in rows_of(table)]
+    bad = ("", "is not an image (starts with b'text')", "")
+    assert rows == [bad, ("1", "", "true"), ("2", "", "true"), ("1", "", "false"), ("2", "", "false")]
+    assert call(inference, images[0], "--run", run, "--format", "csv", "--output", table) == 0
+    assert list(rows_of(table)[0]) == ["image", "rank", "class", "probability", "error"]  # where it is not asked
+    capfd.readouterr()
     assert call(inference, *arguments, "text") == 0
     assert capfd.readouterr().out.count("unknown: unlike the training images") == 1
 

@@ -34,7 +34,8 @@ class Images:
 class Findings:
     """What is worth a look. Rows of `Images`; the worst first, and groups across splits or classes before others.
 
-    distances: float32 [N], of every image to its `neighbours.NEIGHBOURS`-th nearest; those of outliers are the largest.
+    distances: float32 [N], of every image to its `neighbours.OUTLIER_NEIGHBOUR`-th nearest; those of outliers are the
+        largest.
     """
 
     accuracy: float
@@ -70,7 +71,7 @@ def all_features(prepared: Prepared, stop: StopSignals) -> tuple[np.ndarray, np.
     features, groups, first = [], [], 0
     for split, examples in prepared.examples.items():
         views = range(phase.views) if split == "train" else [CENTRAL_VIEW]
-        features.append(head.features(prepared.network, loads[split], len(examples), views, stop))
+        features.append(head.read_features(prepared.network, loads[split], len(examples), views, stop))
         groups.append(np.tile(np.arange(first, first + len(examples)), len(views)))
         first += len(examples)
     return np.concatenate(features), np.concatenate(groups)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,32 +94,22 @@ def cross_validate(
     weights = row_weights(labels, len(features), class_count, class_weights, sample_weights)
     path = sorted(map(positive, strengths), reverse=True)
     fold_of = stratified_folds(labels, groups, folds, seed)
-    order = np.argsort(fold_of, kind="stable")  # each fold's rows lie together, so that no fold needs a copy
-    edges = np.searchsorted(fold_of[order], np.arange(fold_of.max() + 2)).tolist()
     scored = np.bincount(labels[_first_rows(groups)], minlength=class_count)[labels] > 1  # [N]
     if not scored.any():
         raise ValueError("no class has two images: there is nothing to learn from and to be judged by")
     records: list[StrengthRecord] = []
-    best, best_logits, best_fits = 0, np.zeros((0, class_count), np.float32), [zeros(features.shape[1], class_count)]
+    best, best_logits, start = 0, np.zeros((0, class_count), np.float32), zeros(features.shape[1], class_count)
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores()) as pool:
-        axes = Axes(features)
-        data = (axes.turn(features[order]), labels[order], weights[order])
-        fits = [
-            _FoldFit(*data, rows, class_count, label_smoothing, axes.variances) for rows in itertools.pairwise(edges)
-        ]
+        fits = _FoldFits(features, labels, weights, fold_of, class_count, label_smoothing, pool)
         for strength in path:
-            solved = pool.map(_FoldFit.solve, fits, *map(itertools.repeat, (strength, tolerance, each)))
-            logits = np.empty((len(features), class_count), np.float32)
-            logits[order] = np.concatenate(list(solved))
+            logits = fits.solve(strength, tolerance, each)
             records.append(_record(strength, logits, labels, groups, weights, scored))
             if report:
                 report(records[-1])
             if len(records) == 1 or records[-1].log_loss < records[best].log_loss - LEAST_GAIN:
-                best, best_logits, best_fits = len(records) - 1, logits, [fit.fitted() for fit in fits]
+                best, best_logits, start = len(records) - 1, logits, fits.mean()
             if len(records) - 1 - best >= PATIENCE:
                 break
-    weights, biases = (np.mean(parts, axis=0) for parts in zip(*best_fits, strict=True))
-    start = axes.leave(weights, biases)
     return CrossValidation(tuple(records), path[best], best in (0, len(path) - 1), best_logits, scored, start)
 
 
@@ -141,6 +131,41 @@ def stratified_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: i
     fold_of_group = np.empty(len(first), np.int64)
     fold_of_group[dealt] = np.arange(len(first)) % count
     return fold_of_group[inverse]
+
+
+class _FoldFits:
+    """The fits of all folds, side by side on the threads of `pool`; `fold_of` [N] is the fold that holds out a row."""
+
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: np.ndarray,
+        weights: np.ndarray,
+        fold_of: np.ndarray,
+        class_count: int,
+        label_smoothing: float,
+        pool: Executor,
+    ):
+        self._axes, self._pool, self._class_count = Axes(features), pool, class_count
+        self._order = np.argsort(fold_of, kind="stable")  # a fold's rows lie together, so that no fold needs a copy
+        edges = np.searchsorted(fold_of[self._order], np.arange(fold_of.max() + 2)).tolist()
+        rows = (self._axes.turn(features[self._order]), labels[self._order], weights[self._order])
+        self._fits = [
+            _FoldFit(*rows, held_out, class_count, label_smoothing, self._axes.variances)
+            for held_out in itertools.pairwise(edges)
+        ]
+
+    def solve(self, strength: float, tolerance: float, each: Callable[[], None] | None) -> np.ndarray:
+        """Logits of every row at this strength, float32 [N, C], from the fold that did not train on it."""
+        solved = self._pool.map(_FoldFit.solve, self._fits, *map(itertools.repeat, (strength, tolerance, each)))
+        logits = np.empty((len(self._order), self._class_count), np.float32)
+        logits[self._order] = np.concatenate(list(solved))
+        return logits
+
+    def mean(self) -> tuple[np.ndarray, np.ndarray]:
+        """The mean over the folds at the last strength, for features as given: weights [D, C] and biases [C]."""
+        weights, biases = (np.mean(parts, axis=0) for parts in zip(*(fit.fitted() for fit in self._fits), strict=True))
+        return self._axes.leave(weights, biases)
 
 
 class _FoldFit:

@@ -30,7 +30,7 @@ from training import features, plan
 from training.settings import Settings
 from training.step import compiled_forward
 
-EVALUATION_BATCH = 32
+MOST_AT_ONCE = 32  # images
 LEAST_TO_CALIBRATE = 100
 
 
@@ -53,55 +53,68 @@ def evaluate(
     Returns the folder of the results, the split and the scores.
     """
     config = run.config()
-    devices.use_threads(config.threads)
     devices.grow_gpu_memory()
     network = run.load_model()
     settings = Settings.from_dict(config.settings)
     place = data_path or config.data.path or config.data.root
-    if not os.path.exists(place) and data_path is None:
-        raise UserError(f"{place}: the run's data are not there any more: name their new place with --data")
-    own, changes = _own_data(run, config, settings, place, image_root)
-    if own is None and data_path is None:
-        raise UserError(
-            f"{place}: the images are not those that the run began with ({', '.join(changes)}): restore them, or score "
-            f"them as other data with --data {place}"
-        )
-    if own is not None:
-        found, splits = own, plan.usable_examples(settings, own, config.excluded)
-    else:
-        found = layouts.find_images(place, image_root=image_root, scoring=True)
-        splits = found.splits
+    found, splits, are_own = _find_data(run, config, settings, data_path, place, image_root)
     if remarks := found.remarks():
         print(f"note       {remarks}", flush=True)
-    split = split or ("all" if own is None else "val")
-    if split not in (*splits, "all"):
-        raise UserError(f"--split {split}: {found.root} has the splits {', '.join(splits)}, all")
-    chosen = list(splits.values()) if split == "all" else [splits[split]]
-    paths = tuple(path for examples in chosen for path in examples.paths)
-    labels = np.concatenate([examples.labels for examples in chosen])
-    names = config.class_names
-    if unknown := sorted(set(found.class_names) - set(names)):
-        raise UserError(f"{found.root}: the run has no class {', '.join(unknown)}; its classes are {', '.join(names)}")
-    position = np.array([names.index(name) for name in found.class_names])
-    examples = layouts.Examples(paths, position[labels])
+    split = split or ("val" if are_own else "all")
+    examples = _examples_of(split, found, splits, config.class_names)
     if skip_bad:
         examples = _without_bad(examples)
     if not len(examples):
         raise UserError(f"--split {split}: {found.root} has no usable image in it")
     folder = (
         run.path
-        if own is not None and not raw
+        if are_own and not raw
         else _evaluation_folder(run, found.root, place, f"{split}-raw" if raw else split)
     )
     check_folder("--run", folder)
-    batches = data.ordered_batches(
-        data.image_loader(examples, config.preprocessing, settings.seed), examples.labels, EVALUATION_BATCH
-    )
+    load = data.image_loader(examples, config.preprocessing, settings.seed)
+    batches = data.ordered_batches(load, examples.labels, evaluation_batch(settings))
     with readable_failures(), StopSignals() as stop:
         logits = batch_logits(network, batches, len(examples), split, None, stop)
         temperature = 1.0 if raw else run.temperature()
         results = write_scores(folder, config, logits, examples, found.root, split, temperature)
     return folder, split, results
+
+
+def _find_data(
+    run: Run, config: RunConfig, settings: Settings, data_path: str | None, place: str, image_root: str | None
+) -> tuple[layouts.LabelledImages, Mapping[str, layouts.Examples], bool]:
+    """The images at `place`, the examples of each split to score, and whether they are the run's own.
+
+    Raises UserError where they are not, and the user has named no other data with `data_path`.
+    """
+    if not os.path.exists(place) and data_path is None:
+        raise UserError(f"{place}: the run's data are not there any more: name their new place with --data")
+    own, changes = _own_data(run, config, settings, place, image_root)
+    if own is not None:
+        return own, plan.usable_examples(settings, own, config.excluded), True
+    if data_path is None:
+        raise UserError(
+            f"{place}: the images are not those that the run began with ({', '.join(changes)}): restore them, or score "
+            f"them as other data with --data {place}"
+        )
+    other = layouts.find_images(place, image_root=image_root, scoring=True)
+    return other, other.splits, False
+
+
+def _examples_of(
+    split: str, found: layouts.LabelledImages, splits: Mapping[str, layouts.Examples], class_names: Sequence[str]
+) -> layouts.Examples:
+    """The examples of a split, or of `all`, with the labels that the run gives to their classes, `class_names`."""
+    if split not in (*splits, "all"):
+        raise UserError(f"--split {split}: {found.root} has the splits {', '.join(splits)}, all")
+    chosen = list(splits.values()) if split == "all" else [splits[split]]
+    if unknown := sorted(set(found.class_names) - set(class_names)):
+        names = ", ".join(class_names)
+        raise UserError(f"{found.root}: the run has no class {', '.join(unknown)}; its classes are {names}")
+    position = np.array([class_names.index(name) for name in found.class_names])
+    paths = tuple(path for examples in chosen for path in examples.paths)
+    return layouts.Examples(paths, position[np.concatenate([examples.labels for examples in chosen])])
 
 
 def _own_data(
@@ -143,6 +156,11 @@ def _without_bad(examples: layouts.Examples) -> layouts.Examples:
     for path, reason in faults.items():
         print(f"skipped {one_line(path)}: {reason}")
     return examples.subset([i for i, path in enumerate(examples.paths) if path not in faults])
+
+
+def evaluation_batch(settings: Settings) -> int:
+    """Images to evaluate at a time: no more than the run trains on, which fit the memory."""
+    return min(MOST_AT_ONCE, settings.part_size)
 
 
 def batch_logits(
@@ -231,10 +249,9 @@ def readable_failures() -> Iterator[None]:
         yield
     except tf.errors.OpError as error:
         # What Python raised inside the pipeline arrives as text.
-        damaged = re.search(r"DamagedCache: (.+): damaged cached", error.message)
         unreadable = re.search(r"ImageError: (.+)", error.message)
-        if damaged:
-            raise features.DamagedCache(damaged[1]) from None
+        if damaged := features.DamagedCache.from_text(error.message):
+            raise damaged from None
         if unreadable:
             raise UserError(f"{unreadable[1]}; python -m tools.check_data finds all bad images") from None
         if "No space left" in error.message or "File too large" in error.message:

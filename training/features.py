@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import zlib
@@ -37,20 +38,41 @@ VIEW_SEED = 0  # of the random views: not the run's seed, so that runs with othe
 
 
 class DamagedCache(UserError):
-    """A row whose bytes are not those that were written."""
+    """A row whose bytes are not those that were written, in the file `path`, last `modified` so many ns after 1970.
 
-    def __init__(self, path: str):
-        super().__init__(f"{path}: damaged cached activations; delete this file and run the same command again")
-        self.path = path
+    TensorFlow hands on the text alone of what is raised in its pipelines: `from_text` reads one back.
+    """
+
+    def __init__(self, path: str, modified: int):
+        super().__init__(
+            f"{path}: damaged cached activations (modified {modified}); delete this file and run the same command again"
+        )
+        self.path, self.modified = path, modified
+
+    @classmethod
+    def from_text(cls, text: str) -> "DamagedCache | None":
+        """The one whose traceback `text` holds, if any."""
+        found = re.search(r"DamagedCache: (.+): damaged cached activations \(modified (\d+)\)", text)
+        return cls(found[1], int(found[2])) if found else None
+
+    def delete_file(self) -> None:
+        """Deletes the file, unless another run has done so, or has put a new one in its place.
+
+        Not by inode: some network file systems give a file another one each time.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(self.path).st_mtime_ns == self.modified:
+                os.unlink(self.path)
 
 
 class Cache:
     """What enters `stage` of `model`, for the views `views` of `examples`.
 
     The folder's name is a hash of all that the activations depend on: the weights below the stage, the preprocessing,
-    the compute dtype, the threads (which decide how sums are rounded) and the content of the images. It does not depend
-    on the head, the learning rate or the seed of the run, nor on where the images lie, so runs that differ in those
-    share it. Rows are always computed from the images, in batches of the same rows, so that one key has one value.
+    the compute dtype, the threads and the `batch` of rows computed at once (which decide how sums are rounded) and the
+    content of the images. It does not depend on the head, the learning rate or the seed of the run, nor on where the
+    images lie, so runs that differ in those share it. Rows are always computed from the images, in batches of the same
+    rows, so that one key has one value.
 
     A network that computes in bfloat16 is stored in bfloat16, losing nothing; float32 is rounded to float16. Of what
     enters a stage that pools (the `gap` head), and of any stage if `pooled`, only the mean over positions is kept, in
@@ -68,8 +90,9 @@ class Cache:
         root: str,
         pooled: bool = False,
         weights: str = "",
+        batch: int = BATCH_SIZE,
     ):
-        self.model, self.stage, self.examples, self.views = model, stage, examples, views
+        self.model, self.stage, self.examples, self.views, self.batch = model, stage, examples, views, batch
         self.shape, exact = model.input_shape(stage), model.compute_dtype == tf.bfloat16
         self.dtype = np.dtype(ml_dtypes.bfloat16 if exact else np.float16)
         self.pooled = pooled or model.pools(stage)
@@ -87,6 +110,7 @@ class Cache:
             "images": hashlib.sha256("\n".join(prints[p].content for p in examples.paths).encode()).hexdigest(),
             "weights": weights or _hash_weights(model, stage),
             "threads": tf.config.threading.get_intra_op_parallelism_threads(),
+            **({} if batch == BATCH_SIZE else {"batch": batch}),  # the usual one is in no key of earlier versions
         }
         key = hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(root) / key
@@ -109,7 +133,7 @@ class Cache:
         if size == len(self.examples) * self._row_bytes:
             return True
         print(f"cache      {file} is damaged ({size} bytes): computed again", flush=True)
-        file.unlink()
+        file.unlink(missing_ok=True)  # another run may have been first
         return False
 
     def missing_rows(self) -> int:
@@ -136,7 +160,7 @@ class Cache:
                 yield None
                 return
             # Whole batches only, so that an interrupted computation batches the images as an uninterrupted one.
-            done = os.fstat(descriptor).st_size // (self._row_bytes * BATCH_SIZE) * BATCH_SIZE
+            done = os.fstat(descriptor).st_size // (self._row_bytes * self.batch) * self.batch
             file.truncate(done * self._row_bytes)
             rows = _Rows(file, done, self.dtype)
             yield rows
@@ -162,7 +186,7 @@ class Cache:
                 row = os.pread(descriptors[view], size, index * size)
                 values, checksum = row[:-CHECKSUM_BYTES], row[-CHECKSUM_BYTES:]
                 if len(row) != size or zlib.crc32(values).to_bytes(CHECKSUM_BYTES, "little") != checksum:
-                    raise DamagedCache(str(self.file(view)))
+                    raise DamagedCache(str(self.file(view)), os.fstat(descriptors[view]).st_mtime_ns)
                 x[place] = np.frombuffer(values, self.dtype).reshape(self.shape)
             return x
 
@@ -196,7 +220,7 @@ class _Rows:
 
 
 def fill(caches: Sequence[Cache], images: data.Load, stop: StopSignals, worker: int = 0) -> None:
-    """Computes what is missing in caches of one split, in the order of their stages, by one pass over its images.
+    """Computes what is missing in caches of one split and batch, in the order of their stages, in one pass over images.
 
     Rows so far are kept when a signal stops it. Each `worker` of a run begins with another view, so that workers that
     share a disk divide the views.
@@ -214,7 +238,7 @@ def fill(caches: Sequence[Cache], images: data.Load, stop: StopSignals, worker: 
             done = min(part.done for _, part in unfinished)
             every = tf.data.Dataset.range(done, len(examples))
             positions = every.map(data.traced(lambda i: (i, tf.constant(view, tf.int64))))  # noqa: B023
-            batches = images(positions, BATCH_SIZE).prefetch(2)
+            batches = images(positions, caches[0].batch).prefetch(2)
             with progress_bar(len(examples), done, f"caching view {view}" if view >= 0 else "caching") as bar:
                 for x, _ in batches:
                     for (_, part), activations in zip(unfinished, forward(x), strict=True):
@@ -250,11 +274,12 @@ def cached_loads(
     root: str,
     stop: StopSignals,
     worker: int = 0,
+    batch: int = BATCH_SIZE,
 ) -> dict[str, dict[str, data.Load]]:
     """{stage: {split: loader of what enters the stage}} for the phases that train on cached views.
 
     Computes what is not on disk yet, in one pass over the images: random views for `train`, the central view for other
-    splits. The caches hold the `listed` examples, which include `examples`. `prints` by path.
+    splits. The caches hold the `listed` examples, which include `examples`. `prints` by path; `batch` images at once.
     """
     views = {phase.input_stage: phase.views for phase in phases if phase.views}
     in_order = sorted(views, key=network.stages.index)
@@ -264,7 +289,7 @@ def cached_loads(
         for stage in in_order:
             chosen = list(range(views[stage])) if split == "train" else [data.CENTRAL_VIEW]
             caches[split].append(
-                Cache(network, stage, listed[split], prints, spec, chosen, root, weights=weights[stage])
+                Cache(network, stage, listed[split], prints, spec, chosen, root, weights=weights[stage], batch=batch)
             )
     every = [cache for of_split in caches.values() for cache in of_split]
     check_disk(every, root)

@@ -47,7 +47,7 @@ def feature_count(network: Network) -> int:
     return int(_linear(network).weights.shape[0])
 
 
-def features(network: Network, load: data.Load, count: int, views: Sequence[int], stop: StopSignals) -> np.ndarray:
+def read_features(network: Network, load: data.Load, count: int, views: Sequence[int], stop: StopSignals) -> np.ndarray:
     """What the last layer weighs, float32 [views * count, D], view by view; `load` gives what enters that layer."""
     compute = tf.function(
         _linear(network).features, input_signature=[network.input_spec(network.stages[-1])], autograph=False
@@ -75,7 +75,7 @@ def solve_head(
 
     Prints a line for each strength that is tried. Deterministic; raises Stopped after a signal, with nothing assigned.
     """
-    x = features(network, load, len(examples), range(views), stop)
+    x = read_features(network, load, len(examples), range(views), stop)
     labels = np.tile(examples.labels, views)
     groups = np.tile(np.arange(len(examples)), views)
     class_weights, label_smoothing = optimisation.class_weights, optimisation.label_smoothing

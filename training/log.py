@@ -89,9 +89,11 @@ class Log:
         self.events.scalars({**record, **timing})
 
     def draw_curves(self) -> None:
+        """Draws curves.png, and head-strengths.png once: the strengths of a solved head do not change any more."""
         lines = self._run.read_lines("metrics.jsonl")
         draw_curves(self._run.path / "curves.png", lines)
-        draw_strengths(self._run.path / "head-strengths.png", lines)
+        if not (strengths := self._run.path / "head-strengths.png").exists():
+            draw_strengths(strengths, lines)
 
 
 class NoLog:

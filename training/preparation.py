@@ -72,7 +72,11 @@ class Prepared:
         The caches hold the `examples`, or the `listed` ones that include them.
         """
         spec, root, listed = self.config.preprocessing, self.settings.cache_dir, listed or examples
-        return features.cached_loads(self.network, phases, examples, listed, self.prints, spec, root, stop, worker)
+        batch = features.BATCH_SIZE
+        if self.settings.accumulate > 1:  # memory is short; a small batch alone may have another reason
+            batch = min(batch, self.settings.part_size)
+        prints = self.prints
+        return features.cached_loads(self.network, phases, examples, listed, prints, spec, root, stop, worker, batch)
 
 
 @contextlib.contextmanager
@@ -157,7 +161,6 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
 def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     """What `prepare` decided for a run that exists; UserError, naming what differs, where it would be another run."""
     config = run.config()
-    devices.use_threads(config.threads)
     uncorrected = plan.list_images(settings, data_path)
     if settings.auto_batch and config.settings.get("auto_batch"):  # the parts that it found when the run began
         settings = dataclasses.replace(settings, accumulate=config.settings["accumulate"])

@@ -21,9 +21,9 @@ from run import Run
 from run_config import Phase, RunConfig
 from training import features, plan
 from training.evaluation import (
-    EVALUATION_BATCH,
     batch_logits,
     calibrate,
+    evaluation_batch,
     readable_failures,
     write_scores,
 )
@@ -33,8 +33,6 @@ from training.loop import Keeper, Loop
 from training.memory import fitting_parts
 from training.preparation import Prepared, copy_variables, prepare, resume
 from training.settings import Settings
-
-# -- training --------------------------------------------------------------------------------------------------------
 
 
 def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> dict[str, Any]:
@@ -123,6 +121,7 @@ def refuse_inside(data_path: str, places: Mapping[str, Path]) -> None:
 
 
 def _introduction(run: Run, config: RunConfig, remarks: str, replicas: Replicas) -> list[str]:
+    """The lines that say what is about to be trained, on what."""
     gpus, problem = tf.config.get_visible_devices("GPU"), devices.explain_gpu()
     device = f"{len(gpus)} GPU" if gpus else "CPU"
     if replicas.count > 1:
@@ -149,6 +148,7 @@ def _introduction(run: Run, config: RunConfig, remarks: str, replicas: Replicas)
 
 
 def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) -> dict[str, Any]:
+    """Does what is left of the run; returns the scores of its best checkpoint on the validation images."""
     settings, trainer = prepared.settings, prepared.trainer(replicas=replicas)
     keeper = Keeper(run, trainer, settings.patience)
     keeper.restore()
@@ -158,13 +158,13 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) 
     if keeper.is_done() and (stored := _stored_results(run)):
         print("this run is complete: name a new --run to train again", flush=True)
         return stored
-    train, val = prepared.examples["train"], prepared.examples["val"]
+    examples = prepared.examples
     log: Log | NoLog = NoLog()
     if replicas.is_chief:
         log = Log(run, keeper.progress.log_lines)
-        log.events.images("train", "inputs", _sample_inputs(train, prepared.config), step=0)
-    order = data.Order(len(train), settings.batch_size, settings.seed, share=replicas.share)
-    loop = Loop(trainer, order, train, val, keeper, log, stop)
+        log.events.images("train", "inputs", _sample_inputs(examples["train"], prepared.config), step=0)
+    order = data.Order(len(examples["train"]), settings.batch_size, settings.seed, share=replicas.share)
+    loop = Loop(trainer, order, examples["train"], examples["val"], keeper, log, stop)
     results: dict[str, Any] = {}
     while not results:
         try:
@@ -175,7 +175,7 @@ def _train(run: Run, prepared: Prepared, stop: StopSignals, replicas: Replicas) 
                     return {"accuracy": accuracy, "log_loss": log_loss}
                 results = _evaluate_best(run, prepared, log, keeper.progress.best_step, phase, loads, stop)
         except features.DamagedCache as damage:  # nothing was trained on it: the loop continues at the same step
-            Path(damage.path).unlink(missing_ok=True)  # another worker may have been first
+            damage.delete_file()
             if replicas.workers > 1:
                 raise UserError(f"{damage.path} was damaged and is deleted: start all workers again") from None
             print(f"cache      {one_line(damage.path)} is damaged: computed again", flush=True)
@@ -218,15 +218,15 @@ def _evaluate_best(
     `loads` give the images of each split as the last `phase` takes them.
     """
     config, network = prepared.config, prepared.network
-    train, val = prepared.examples["train"], prepared.examples["val"]
+    val = prepared.examples["val"]
     log.draw_curves()
     run.load_best(network)
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
-    batches = data.ordered_batches(loads["val"], val.labels, EVALUATION_BATCH)
+    batches = data.ordered_batches(loads["val"], val.labels, evaluation_batch(prepared.settings))
     logits = np.concatenate(list(batch_logits(network, batches, len(val), "val", phase.input_stage, stop)))
     temperature = calibrate(run, logits, val.labels)
     if phase.views and network.pools(phase.input_stage):
-        write_known(run, train, loads["train"], phase.views, val, loads["val"], stop)
+        write_known(run, prepared.examples["train"], loads["train"], phase.views, val, loads["val"], stop)
     results = write_scores(run.path, config, [logits], val, config.data.root, "val", temperature)
     pictures = ("confusion-val", "confusion-val-normalised", "worst-val", "reliability-val", "head-strengths")
     for file in (run.path / f"{picture}.png" for picture in pictures):

@@ -149,6 +149,11 @@ class Settings:
             self, image_size=self.image_size or row.image_size, train_from=self.train_from or next(iter(row.stages))
         )
 
+    @property
+    def part_size(self) -> int:
+        """Images that are computed at once: a batch, or a part of it with `accumulate`."""
+        return -(-self.batch_size // self.accumulate)
+
     def solves_heads(self) -> bool:
         """Whether a linear head that is trained alone may be solved; `auto` leaves it to SGD where SGD is adjusted."""
         of_sgd = ("learning_rate", "end_learning_rate", "momentum", "weight_decay", "clip_norm", "new_layer_rate")
