@@ -69,7 +69,7 @@ def test_too_large_a_batch_is_computed_in_parts(
     lines = list(zip(whole.read_lines("metrics.jsonl"), parts.read_lines("metrics.jsonl"), strict=True))
     assert len(lines) == 12
     for one, other in lines:
-        assert other["loss"] == pytest.approx(one["loss"], rel=2e-6)
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)  # sums of parts are rounded otherwise
         assert other["accuracy"] == one["accuracy"]
 
 

@@ -160,9 +160,9 @@ class Trainer(tf.Module):
 
         Those are the gradients of its mean loss, its summed loss and its number of right predictions.
         """
-        if self.settings.accumulate == 1:
+        if self.settings.accumulate == 1 and self.replicas.count == 1:
             return self._gradients(x, labels, first_row, rows, phase, trained)
-        own_rows = tf.shape(x)[0]
+        own_rows = tf.shape(x)[0]  # perhaps none, and then no part: oneDNN fails on an empty batch
         part = -(-own_rows // self.settings.accumulate)
 
         def add_part(start: tf.Tensor, sums: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -250,10 +250,18 @@ def compiled_forward(
     The devices of this process divide a batch among them.
     """
 
+    def on_device(rows: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
+        return tf.cond(  # oneDNN fails on an empty batch
+            tf.shape(rows)[0] > 0,
+            lambda: model.forward(rows, first=input_stage),
+            lambda: tf.zeros([0, model.class_count]),
+        )
+
     @tf.function(input_signature=[model.input_spec(input_stage or model.stages[0])], autograph=False)
     def forward(x: tf.Tensor) -> tf.Tensor:
-        logits = replicas.run(lambda rows, _: model.forward(rows, first=input_stage), x)
-        return logits[0] if len(logits) == 1 else tf.concat(logits, axis=0)
+        if replicas.count == 1:
+            return model.forward(x, first=input_stage)
+        return tf.concat(replicas.run(on_device, x), axis=0)
 
     return forward
 
