@@ -1,6 +1,7 @@
 """Image files as people have them, as uint8 RGB arrays: one reader for training, checking and prediction."""
 
 import ctypes
+import errno
 import functools
 import glob
 import io
@@ -169,11 +170,7 @@ def find_fault(path: P, thorough: bool = False, seen: Seen[P] | None = None) -> 
     """
     whole = thorough or seen is not None
     try:
-        try:
-            status, head, tail = _read_to_check(path, whole)
-        except (OSError, ValueError, MemoryError):
-            read_image(path)  # which has the words for it
-            return None
+        status, head, tail = _read_with_status(path, -1 if whole else HEAD_BYTES, TAIL_BYTES)
         if seen is not None:
             seen(path, status, head)
         if thorough or not _looks_whole(head[:HEAD_BYTES], tail, status.st_size):
@@ -201,51 +198,52 @@ def find_faults(
     return {path: reason for path, reason in zip(paths, results, strict=True) if reason is not None}
 
 
-def _open_file(path: Path) -> IO[bytes]:
-    """Opens a regular file of a bearable size; raises ImageError for anything else, and never waits for a FIFO."""
+def _open_file(path: Path) -> tuple[int, os.stat_result]:
+    """The descriptor and status of a regular file of a bearable size; raises ImageError for anything else.
+
+    Never waits for a FIFO. Not by Python's `open`, which asks the system twice as often, and threads hand over Python's
+    lock each time.
+    """
     name = os.fsdecode(path)
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError(name, "is a folder")
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(name, "is not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise ImageError(name, f"holds {status.st_size} bytes, more than the limit of {MAX_BYTES}")
-        return open(path, "rb", buffering=0)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise ImageError(name, "is a dangling link" if os.path.islink(path) else "does not exist") from error
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise ImageError(name, _os_reason(error)) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte; ENXIO: a socket
+        is_socket = isinstance(error, OSError) and error.errno == errno.ENXIO
+        raise ImageError(name, "is not a regular file" if is_socket else _os_reason(error)) from error
+    status = os.fstat(descriptor)
+    fault = None
+    if stat.S_ISDIR(status.st_mode):
+        fault = "is a folder"
+    elif not stat.S_ISREG(status.st_mode):
+        fault = "is not a regular file"
+    elif status.st_size > MAX_BYTES:
+        fault = f"holds {status.st_size} bytes, more than the limit of {MAX_BYTES}"
+    if fault:
+        os.close(descriptor)
+        raise ImageError(name, fault)
+    return descriptor, status
 
 
 def _read(path: Path, count: int = -1) -> bytes:
-    """The first `count` bytes of a file, or all."""
-    with _open_file(path) as file:
-        try:
-            return file.read(count)
-        except (OSError, MemoryError) as error:
-            raise ImageError(os.fsdecode(path), _os_reason(error)) from error
+    """The first `count` bytes of a file, or all; raises ImageError."""
+    return _read_with_status(path, count)[1]
 
 
-def _read_to_check(path: Path, whole: bool) -> tuple[os.stat_result, bytes, bytes]:
-    """The status of a regular file of a bearable size, its bytes or the first `HEAD_BYTES` of them, and the last ones.
-
-    Raises OSError or ValueError for anything else; never waits for a FIFO.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def _read_with_status(path: Path, count: int = -1, end: int = 0) -> tuple[os.stat_result, bytes, bytes]:
+    """The status of a file as it was before, its first `count` bytes or all, and the last `end`; raises ImageError."""
+    descriptor, status = _open_file(path)
+    size = status.st_size
     try:
-        status = os.fstat(descriptor)
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode) or size > MAX_BYTES:
-            raise ValueError
-        head = os.read(descriptor, size + 1 if whole else HEAD_BYTES)
-        while whole and len(head) != size and (more := os.read(descriptor, 1 << 20)):  # it grows, or comes in parts
+        head = os.read(descriptor, size + 1 if count < 0 else count)
+        while count < 0 and len(head) != size and (more := os.read(descriptor, 1 << 20)):  # it grows, or comes in parts
             head += more
-        tail = (
-            head[-TAIL_BYTES:] if whole or size <= HEAD_BYTES else os.pread(descriptor, TAIL_BYTES, size - TAIL_BYTES)
-        )
-        return status, head, tail
+        if 0 <= count < size:
+            return status, head, os.pread(descriptor, end, max(0, size - end))
+        return status, head, head[-end:] if end else b""
+    except (OSError, MemoryError) as error:
+        raise ImageError(os.fsdecode(path), _os_reason(error)) from error
     finally:
         os.close(descriptor)
 
