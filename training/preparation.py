@@ -1,11 +1,9 @@
 """What a training run starts from: the images that it found, the network with its weights restored, the config."""
 
-import contextlib
 import dataclasses
-import gc
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -79,19 +77,6 @@ class Prepared:
         return features.cached_loads(self.network, phases, examples, listed, prints, spec, root, stop, worker, batch)
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pauses Python's search for cycles of objects, which goes over the growing lists of images again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_no_collection()
 def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> Prepared:
     """Decides all that is decided when a run begins; writes nothing. Raises UserError for what the user can fix."""
     settings = settings.resolved()
@@ -157,7 +142,6 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
     return Prepared(config, settings, found, examples, listed, prints, recorded, network)
 
 
-@_no_collection()
 def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
     """What `prepare` decided for a run that exists; UserError, naming what differs, where it would be another run."""
     config = run.config()
