@@ -18,7 +18,7 @@ from dataset.layouts import Examples
 from replicas import ALL, Share
 
 DECODE = ("full", "scaled")
-SCALED_SIDE = 4  # times the network's input: what a JPEG that is decoded `scaled` keeps at least
+SCALED_SIDE = 4  # sides of the network's input that the crop of a JPEG keeps at least where it is decoded `scaled`
 AUGMENTATIONS = ("flip", "rotate", "shear", "zoom", "color")
 CENTRAL_VIEW = -1  # the view of validation and inference; views 0, 1, 2, ... are random crops
 
@@ -37,8 +37,8 @@ class Preprocessing:
     crop_margin: the crop is a square of side min(h, w) - 2 * margin, pixels.
     augment: names out of `AUGMENTATIONS`; for random views only.
     mean_rgb, std_rgb: of each channel, in 0..255; the network sees (value - mean) / std.
-    decode: `full`, or `scaled`: a JPEG whose crop would be 8, 16 or 32 times image_size is decoded at 1/2, 1/4 or 1/8
-        of its size (docs/benchmarks.md has the difference); the margin is that of the whole picture, divided alike.
+    decode: `full`, or `scaled`: a JPEG is decoded at 1/8, 1/4 or 1/2 of its size where its sides then still have
+        `least_side` pixels (docs/benchmarks.md has the difference); the crop's margin is divided alike.
     """
 
     image_size: int = 224
@@ -50,15 +50,16 @@ class Preprocessing:
 
     @property
     def least_side(self) -> int:
-        """Pixels that the sides of a JPEG keep when it is decoded at a part of its size; 0: it never is."""
+        """Pixels that the sides of a JPEG keep when it is decoded at a part of its size, so that its crop has at least
+        `SCALED_SIDE` times the network's; 0: it never is.
+        """
         return SCALED_SIDE * self.image_size + 2 * self.crop_margin if self.decode == "scaled" else 0
 
 
 def central_crop(size: tf.Tensor, margin: int, reduction: tf.Tensor | int = 1) -> tuple[tf.Tensor, tf.Tensor]:
     """(top, left), int32 [2], and side, int32 [], of the central square of an image whose height and width are `size`.
 
-    `margin`: of the image before its sides were divided by `reduction`. It shrinks to a quarter of a short side under
-    40 px.
+    `margin`: of the image before its sides were divided by `reduction`. It is at most a quarter of the short side.
     """
     margin = (margin + reduction // 2) // reduction  # rounded
     short = tf.reduce_min(size)

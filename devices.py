@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import glob
 import os
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from console import cores, one_line
+from console import cores, cpu_flags, has_avx2_alone, one_line
 from files import warn_once
 
 LEAST_THREADS = 8
@@ -44,18 +43,10 @@ def compute_dtype(precision: str) -> tf.DType:
     return tf.bfloat16 if cpu_flags() & {"avx512_bf16", "amx_bf16"} else tf.float32
 
 
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-    """What Linux says of the CPU, its instruction sets among it; empty where it says nothing."""
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").split())
-    except OSError:
-        return frozenset()
-
-
 def slow_filter_gradients() -> bool:
-    """Whether oneDNN's gradients of filters reach half of its other speed: on a CPU with AVX2 and no more."""
-    return not tf.config.list_physical_devices("GPU") and "avx2" in cpu_flags() and "avx512f" not in cpu_flags()
+    """Whether oneDNN computes the gradients of filters half as fast as convolutions: on a CPU with AVX2 alone."""
+    uses_onednn = os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "1"
+    return uses_onednn and has_avx2_alone() and not tf.config.list_physical_devices("GPU")
 
 
 def use_xla(setting: str, deterministic: bool) -> bool:

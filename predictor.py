@@ -31,7 +31,7 @@ class HeatMap:
 
     values: float32 [h, w], what each position of the crop adds to the logit; see `attribution.class_maps`.
     size: height and width of the photograph, upright, in pixels; crop: top, left and side of the square that was seen.
-        Of a photograph that was decoded at 1/n of its size, multiples of n.
+        Of a photograph that was decoded at 1/n of its size multiples of n, up to n - 1 more than it has.
     picture: uint8 [H', W', 3], the whole photograph, reduced to sides of at most `PICTURE_SIDE`.
     """
 

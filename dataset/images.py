@@ -174,7 +174,7 @@ def find_fault(path: P, thorough: bool = False, seen: Seen[P] | None = None) -> 
         if seen is not None:
             seen(path, status, head)
         if thorough or not _looks_whole(head[:HEAD_BYTES], tail, status.st_size):
-            decode_image(head, os.fsdecode(path)) if whole else read_image(path)
+            decode_image(head if whole else _read(path), os.fsdecode(path))
     except ImageError as error:
         return error.reason
     return None

@@ -92,7 +92,7 @@ def header(head: bytes) -> Header | None:
 
 
 def reduction(width: int, height: int, least: int) -> int:
-    """The greatest of `REDUCTIONS` by which both sides can be divided and stay at least `least`; 0: 1."""
+    """The greatest of `REDUCTIONS` that leaves both sides at least `least` pixels; always 1 where `least` is 0."""
     return max(n for n in REDUCTIONS if n == 1 or (least and min(width, height) >= n * least))
 
 

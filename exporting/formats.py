@@ -75,9 +75,8 @@ def open_saved_model(path: Path, model: graph.Model) -> Answer:
     def answer(photograph: Photograph) -> np.ndarray:
         image = tf.constant(photograph.pixels)
         # Whatever the files are, the signature that decodes is asked about the same picture, at its full size.
-        contents = tf.io.read_file(photograph.path)
-        reduced = graph.jpeg_reduction(contents, model.preprocessing.least_side) > 1
-        contents = tf.io.encode_png(image) if reduced or not is_decoded_alike(photograph) else contents
+        alike = is_decoded_alike(photograph, model.preprocessing.least_side)
+        contents = tf.io.read_file(photograph.path) if alike else tf.io.encode_png(image)
         answers = (
             loaded["serving_default"](image_bytes=contents[tf.newaxis]),
             loaded["images"](images=image[tf.newaxis]),
@@ -88,10 +87,12 @@ def open_saved_model(path: Path, model: graph.Model) -> Answer:
     return answer
 
 
-def is_decoded_alike(photograph: Photograph) -> bool:
-    """Whether an exported `graph.decode` makes the same pixels of the file as we do."""
+def is_decoded_alike(photograph: Photograph, least: int = 0) -> bool:
+    """Whether an export makes the same pixels of the file as we do, and those of its full size."""
     try:
-        return np.array_equal(graph.decode(tf.io.read_file(photograph.path)), photograph.pixels)
+        contents = tf.io.read_file(photograph.path)
+        pixels = graph.decode(contents, graph.jpeg_reduction(contents, least))
+        return np.array_equal(pixels, photograph.pixels)
     except tf.errors.OpError:
         return False
 

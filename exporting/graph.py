@@ -131,9 +131,10 @@ def jpeg_reduction(contents: tf.Tensor, least: int) -> tf.Tensor | int:
         return 1
 
     def of_jpeg() -> tf.Tensor:
-        short = tf.reduce_min(tf.image.extract_jpeg_shape(contents)[:2])
+        height, width, channels = tf.unstack(tf.image.extract_jpeg_shape(contents), 3)
         reductions = tf.constant(REDUCTIONS)
-        return tf.reduce_max(tf.where(short >= least * reductions, reductions, 1))
+        possible = (tf.minimum(height, width) >= least * reductions) & (channels != 4)  # CMYK is left to Pillow there
+        return tf.reduce_max(tf.where(possible, reductions, 1))
 
     return tf.cond(_is_jpeg(contents), of_jpeg, lambda: 1)
 

@@ -1,6 +1,7 @@
 """The benchmarks and the GPU check: what they compute from their times, and that every command runs at a tiny size."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,10 @@ def test_the_speeds_of_the_check_are_measured_at_a_tiny_size(capfd: pytest.Captu
     shown = capfd.readouterr().out
     assert "TFLOP/s" in shown
     assert "input pipeline" in shown
+    counts = re.search(r"step as XLA compiles it +(\d+) +instructions of the (\d+) that were traced, (\d+)", shown)
+    assert counts
+    after, before, fused = map(int, counts.groups())
+    assert 0 < fused < after < before
 
 
 def test_the_host_is_free_when_the_device_is_not_waited_for() -> None:

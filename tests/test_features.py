@@ -28,7 +28,7 @@ from tests.conftest import TINY, call
 from training import features, plan, session
 from training.evaluation import readable_failures
 from training.features import CHECKSUM_BYTES, DISK_RESERVE, VIEW_SEED, Cache, DamagedCache, check_disk, fill
-from training.settings import Settings
+from training.settings import IMAGES_AT_ONCE, Settings
 from training.step import Trainer, decay_over
 
 CENTRAL, VIEWS = [data.CENTRAL_VIEW], [0, 1]
@@ -81,7 +81,7 @@ def make_cache(
     views: list[int],
     root: Path,
     spec: data.Preprocessing = SPEC,
-    batch: int = features.BATCH_SIZE,
+    batch: int = IMAGES_AT_ONCE,
 ) -> Cache:
     return Cache(model, stage, examples, fingerprints(examples.paths, {}, 2), spec, views, str(root), batch=batch)
 
@@ -266,7 +266,7 @@ def test_an_interrupted_computation_keeps_its_rows(tmp_path: Path, examples: Exa
     assert cache.missing_rows() == COUNT
     source = NoiseLoader()
     filled(cache, source)
-    assert source.asked == [(index, 1) for index in range(2 * features.BATCH_SIZE, COUNT)]
+    assert source.asked == [(index, 1) for index in range(2 * IMAGES_AT_ONCE, COUNT)]
     assert files_of(cache) == whole
 
 
@@ -367,7 +367,7 @@ def key(
     examples: Examples,
     stage: str = "conv5",
     spec: data.Preprocessing = SPEC,
-    batch: int = features.BATCH_SIZE,
+    batch: int = IMAGES_AT_ONCE,
 ) -> str:
     return make_cache(model, stage, examples, VIEWS, Path("unused"), spec, batch).folder.name
 

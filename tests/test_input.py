@@ -284,6 +284,8 @@ def test_other_formats_and_cmyk_are_never_reduced() -> None:
         assert np.array_equal(same, pixels)
     of_print, reduction = images.decode_reduced(encode(pixels, "CMYK"), "x", 10)
     assert (reduction, of_print.shape) == (1, pixels.shape)
+    assert int(graph.jpeg_reduction(tf.constant(encode(pixels, "CMYK")), 10)) == 1
+    assert int(graph.jpeg_reduction(tf.constant(encode(pixels, "RGB")), 10)) == 8
     assert int(graph.jpeg_reduction(tf.io.encode_png(pixels), 10)) == 1
 
 

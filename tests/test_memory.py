@@ -13,8 +13,8 @@ from console import Stopped
 from model import Network
 from run import Run
 from tests.conftest import TINY, call
-from training import features
 from training.loop import Loop
+from training.settings import IMAGES_AT_ONCE
 
 FLAGS = [*TINY, "--head", "linear", "--epochs", "2", "--augment", "flip", "--auto-batch"]  # 36 images: 5 steps an epoch
 
@@ -111,7 +111,7 @@ def test_a_run_in_parts_computes_no_more_images_at_once_anywhere(
     assert call(evaluate, "--run", tmp_path / "run") == 0
     assert largest == [3]
     assert call(train, sample_images, "--run", tmp_path / "whole", *TINY, *flags) == 0
-    assert largest == [features.BATCH_SIZE]  # runs of other batch sizes share it
+    assert largest == [IMAGES_AT_ONCE]  # runs of other batch sizes share it
 
 
 def test_trying_changes_nothing(memory: dict[str, int], sample_images: Path, tmp_path: Path) -> None:

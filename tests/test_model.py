@@ -1,8 +1,8 @@
 """The network against TF-Slim's published table, Keras' own VGG19 and formulas written out in NumPy."""
 
-import functools
 import itertools
 import math
+import os
 from pathlib import Path
 
 import keras
@@ -11,6 +11,7 @@ import pytest
 import skimage.data
 import tensorflow as tf
 
+import console
 import data
 import devices
 import model
@@ -283,7 +284,6 @@ def test_bfloat16_computes_the_convolutions_only(narrow: str) -> None:
 
 
 def test_compute_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(devices, "cpu_flags", functools.cache(devices.cpu_flags.__wrapped__))
     assert compute_dtype("float32") == tf.float32
     assert compute_dtype("bfloat16") == tf.bfloat16
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["gpu"])
@@ -293,7 +293,43 @@ def test_compute_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, tmp
         assert compute_dtype("auto") == expected
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
     for flags, expected in (("avx2 avx512f", tf.float32), ("avx512f avx512_bf16", tf.bfloat16)):
-        (tmp_path / "cpuinfo").write_text(f"flags\t: fpu {flags} sse\n")
-        monkeypatch.setattr(devices, "Path", lambda _: tmp_path / "cpuinfo")
-        devices.cpu_flags.cache_clear()
+        use_cpu(flags, tmp_path, monkeypatch)
         assert compute_dtype("auto") == expected
+
+
+def use_cpu(flags: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes Linux tell of a CPU with these instruction sets."""
+    (folder / "cpuinfo").write_text(f"flags\t: fpu {flags} sse\n")
+    monkeypatch.setattr(console, "Path", lambda _: folder / "cpuinfo")
+    for module in (console, devices):
+        monkeypatch.setattr(module, "cpu_flags", console.cpu_flags.__wrapped__)
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "chosen", "onednn", "expected"),
+    [
+        ("avx2 fma", [], None, "1", True),
+        ("avx2 fma", [], "0", "0", False),
+        ("avx2 fma", ["gpu"], None, "1", False),
+        ("avx2 avx512f avx512_vnni", [], None, None, False),
+        ("avx2 avx512f avx512_vnni", [], "1", "1", False),
+        ("asimd", [], None, None, False),
+    ],
+)
+def test_onednn_and_our_gradients_of_filters_are_for_avx2_alone(
+    flags: str,
+    gpus: list[str],
+    chosen: str | None,
+    onednn: str | None,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    use_cpu(flags, tmp_path, monkeypatch)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    if chosen:
+        monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", chosen)
+    console.set_tensorflow_defaults()
+    assert os.environ.get("TF_ENABLE_ONEDNN_OPTS") == onednn
+    assert devices.slow_filter_gradients() == expected

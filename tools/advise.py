@@ -38,8 +38,9 @@ from training.session import refuse_inside
 from training.settings import Settings, add_flags, flag_name
 
 FLAGS = (  # of train.py
-    *("image_size", "crop_margin", "augment", "examples_per_class", "val_fraction", "test_fraction", "image_root"),
-    *("relabel", "on_bad_image", "cached_views", "cache_dir", "precision", "compile", "batch_size", "epochs", "seed"),
+    *("image_size", "crop_margin", "decode", "augment", "examples_per_class", "val_fraction", "test_fraction"),
+    *("image_root", "relabel", "on_bad_image", "cached_views", "cache_dir", "precision", "compile", "batch_size"),
+    *("epochs", "seed"),
 )
 COLUMNS = ("network", "depth", "flips", "images", "accuracy", "± error", "difference", "± its error")
 GOOD_ENOUGH = 0.98  # out-of-fold accuracy that no further training is recommended above

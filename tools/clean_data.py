@@ -29,8 +29,8 @@ from training.session import refuse_inside
 from training.settings import Settings, add_flags
 
 FLAGS = (  # of train.py: those that say what the features are
-    *("pretrained", "network", "image_size", "crop_margin", "augment", "cached_views", "cache_dir", "precision"),
-    *("val_fraction", "test_fraction", "image_root", "relabel", "on_bad_image", "seed"),
+    *("pretrained", "network", "image_size", "crop_margin", "decode", "augment", "cached_views", "cache_dir"),
+    *("precision", "val_fraction", "test_fraction", "image_root", "relabel", "on_bad_image", "seed"),
 )
 LISTS = ("label-issues.csv", "duplicates.csv", "outliers.csv")
 

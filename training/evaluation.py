@@ -30,7 +30,6 @@ from training import features, plan
 from training.settings import Settings
 from training.step import compiled_forward
 
-MOST_AT_ONCE = 32  # images
 LEAST_TO_CALIBRATE = 100
 
 
@@ -73,7 +72,7 @@ def evaluate(
     )
     check_folder("--run", folder)
     load = data.image_loader(examples, config.preprocessing, settings.seed)
-    batches = data.ordered_batches(load, examples.labels, evaluation_batch(settings))
+    batches = data.ordered_batches(load, examples.labels, settings.images_at_once)
     with readable_failures(), StopSignals() as stop:
         logits = batch_logits(network, batches, len(examples), split, None, stop)
         temperature = 1.0 if raw else run.temperature()
@@ -156,11 +155,6 @@ def _without_bad(examples: layouts.Examples) -> layouts.Examples:
     for path, reason in faults.items():
         print(f"skipped {one_line(path)}: {reason}")
     return examples.subset([i for i, path in enumerate(examples.paths) if path not in faults])
-
-
-def evaluation_batch(settings: Settings) -> int:
-    """Images to evaluate at a time: no more than the run trains on, which fit the memory."""
-    return min(MOST_AT_ONCE, settings.part_size)
 
 
 def batch_logits(

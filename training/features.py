@@ -8,6 +8,7 @@ fatal signal), and memory is bounded by one batch.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -30,8 +31,8 @@ from dataset.layouts import Examples
 from files import UNSUPPORTED, check_folder, flush_to_disk, open_regular, warn_once, write_json
 from model import Network
 from run_config import Phase
+from training.settings import IMAGES_AT_ONCE
 
-BATCH_SIZE = 32
 CHECKSUM_BYTES = 4
 DISK_RESERVE = 2**30  # bytes left free on the disk
 VIEW_SEED = 0  # of the random views: not the run's seed, so that runs with other seeds share them
@@ -90,7 +91,7 @@ class Cache:
         root: str,
         pooled: bool = False,
         weights: str = "",
-        batch: int = BATCH_SIZE,
+        batch: int = IMAGES_AT_ONCE,
     ):
         self.model, self.stage, self.examples, self.views, self.batch = model, stage, examples, views, batch
         self.shape, exact = model.input_shape(stage), model.compute_dtype == tf.bfloat16
@@ -104,13 +105,13 @@ class Cache:
             "after": model.stages[model.stages.index(stage) - 1],  # so that heads share it
             "shape": list(self.shape),
             "dtype": self.dtype.name,
-            "preprocessing": asdict(spec),
+            "preprocessing": {k: v for k, v in asdict(spec).items() if (k, v) != ("decode", "full")},  # as it was
             "view_seed": VIEW_SEED,
             "examples": len(examples),
             "images": hashlib.sha256("\n".join(prints[p].content for p in examples.paths).encode()).hexdigest(),
             "weights": weights or _hash_weights(model, stage),
             "threads": tf.config.threading.get_intra_op_parallelism_threads(),
-            **({} if batch == BATCH_SIZE else {"batch": batch}),  # the usual one is in no key of earlier versions
+            **({} if batch == IMAGES_AT_ONCE else {"batch": batch}),  # the usual one is in no key of earlier versions
         }
         key = hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(root) / key
@@ -274,7 +275,7 @@ def cached_loads(
     root: str,
     stop: StopSignals,
     worker: int = 0,
-    batch: int = BATCH_SIZE,
+    batch: int = IMAGES_AT_ONCE,
 ) -> dict[str, dict[str, data.Load]]:
     """{stage: {split: loader of what enters the stage}} for the phases that train on cached views.
 
@@ -288,9 +289,13 @@ def cached_loads(
     for split in examples:
         for stage in in_order:
             chosen = list(range(views[stage])) if split == "train" else [data.CENTRAL_VIEW]
-            caches[split].append(
-                Cache(network, stage, listed[split], prints, spec, chosen, root, weights=weights[stage], batch=batch)
+            of_stage = functools.partial(
+                Cache, network, stage, listed[split], prints, spec, chosen, root, weights=weights[stage]
             )
+            cache = of_stage()
+            if batch != IMAGES_AT_ONCE and cache.missing_rows():  # a whole one serves where memory is short, too
+                cache = of_stage(batch=batch)
+            caches[split].append(cache)
     every = [cache for of_split in caches.values() for cache in of_split]
     check_disk(every, root)
     if missing := sum(cache.missing_rows() for cache in every):

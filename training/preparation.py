@@ -70,10 +70,7 @@ class Prepared:
         The caches hold the `examples`, or the `listed` ones that include them.
         """
         spec, root, listed = self.config.preprocessing, self.settings.cache_dir, listed or examples
-        batch = features.BATCH_SIZE
-        if self.settings.accumulate > 1:  # memory is short; a small batch alone may have another reason
-            batch = min(batch, self.settings.part_size)
-        prints = self.prints
+        batch, prints = self.settings.images_at_once, self.prints
         return features.cached_loads(self.network, phases, examples, listed, prints, spec, root, stop, worker, batch)
 
 

@@ -23,7 +23,6 @@ from training import features, plan
 from training.evaluation import (
     batch_logits,
     calibrate,
-    evaluation_batch,
     readable_failures,
     write_scores,
 )
@@ -222,7 +221,7 @@ def _evaluate_best(
     log.draw_curves()
     run.load_best(network)
     # The frozen stages are those of the last phase's input, so its cached activations serve the best checkpoint too.
-    batches = data.ordered_batches(loads["val"], val.labels, evaluation_batch(prepared.settings))
+    batches = data.ordered_batches(loads["val"], val.labels, prepared.settings.images_at_once)
     logits = np.concatenate(list(batch_logits(network, batches, len(val), "val", phase.input_stage, stop)))
     temperature = calibrate(run, logits, val.labels)
     if phase.views and network.pools(phase.input_stage):

@@ -9,6 +9,7 @@ from console import UserError
 from data import AUGMENTATIONS, DECODE
 from model import HEADS, NETWORKS
 
+IMAGES_AT_ONCE = 32  # of a pass without gradients, where memory is not short
 MANY = 1_000_001  # above what anybody means; larger numbers overflow somewhere in TensorFlow
 
 
@@ -84,8 +85,8 @@ class Settings:
     crop_margin: int = _setting(10, "the crop is a square of side min(h, w) - 2 * margin, pixels", least=0, below=MANY)
     decode: str = _setting(
         "full",
-        "'scaled': a JPEG of more than 8 times the network's input is decoded at 1/2, 1/4 or 1/8 of its size, which "
-        "takes about half the time; grey levels then differ by 0.1 on average",
+        "'scaled': a JPEG whose short side is over 8 times the network's is decoded at 1/2, 1/4 or 1/8 of its size, in "
+        "about half the time; grey levels then differ by 0.1 on average",
         choices=DECODE,
     )
     augment: tuple[str, ...] = _setting((), "random changes of training images beside the crop", choices=AUGMENTATIONS)
@@ -153,6 +154,11 @@ class Settings:
     def part_size(self) -> int:
         """Images that are computed at once: a batch, or a part of it with `accumulate`."""
         return -(-self.batch_size // self.accumulate)
+
+    @property
+    def images_at_once(self) -> int:
+        """Images that a pass without gradients computes at once: fewer only where `accumulate` says memory is short."""
+        return min(IMAGES_AT_ONCE, self.part_size) if self.accumulate > 1 else IMAGES_AT_ONCE
 
     def solves_heads(self) -> bool:
         """Whether a linear head that is trained alone may be solved; `auto` leaves it to SGD where SGD is adjusted."""

@@ -4,6 +4,7 @@ A step is two things that stay apart: gradients, which change nothing and may be
 update, once all shares have been added up.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -160,9 +161,13 @@ class Trainer(tf.Module):
 
         Those are the gradients of its mean loss, its summed loss and its number of right predictions.
         """
-        if self.settings.accumulate == 1 and self.replicas.count == 1:
-            return self._gradients(x, labels, first_row, rows, phase, trained)
-        own_rows = tf.shape(x)[0]  # perhaps none, and then no part: oneDNN fails on an empty batch
+        own_rows = tf.shape(x)[0]
+        zeros = [tf.zeros(v.shape) for v in trained] + [tf.constant(0.0), tf.constant(0.0)]
+        if self.settings.accumulate == 1:
+            compute = functools.partial(self._gradients, x, labels, first_row, rows, phase, trained)
+            if self.replicas.count == 1:
+                return compute()
+            return list(tf.cond(own_rows > 0, compute, lambda: zeros))  # oneDNN fails on an empty share
         part = -(-own_rows // self.settings.accumulate)
 
         def add_part(start: tf.Tensor, sums: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -170,7 +175,6 @@ class Trainer(tf.Module):
             new = self._gradients(x[start:stop], labels[start:stop], first_row + start, rows, phase, trained)
             return stop, [total + more for total, more in zip(sums, new, strict=True)]
 
-        zeros = [tf.zeros(v.shape) for v in trained] + [tf.constant(0.0), tf.constant(0.0)]
         # One part at a time, since running them side by side would need the memory of the whole batch.
         _, sums = tf.while_loop(
             lambda start, _: start < own_rows, add_part, [tf.constant(0), zeros], parallel_iterations=1
