@@ -246,9 +246,12 @@ class PooledLinear(tf.Module):
 
 
 def convolve(x: tf.Tensor, weights: tf.Tensor, stride: int, padding: str) -> tf.Tensor:
-    """`tf.nn.conv2d`, where it is faster with a gradient of our own: same values, other rounding of the gradient."""
+    """`tf.nn.conv2d`, where it is faster with a gradient of our own: same values, other rounding of the gradient.
+
+    Not for few channels, as in VGG's first layers: a twentieth of the step, for copies of the largest activations.
+    """
     plain_3x3 = tuple(weights.shape[:2]) == (3, 3) and stride == 1 and padding == "SAME"
-    if plain_3x3 and weights.shape[2] >= 16 and x.dtype == tf.float32 and devices.slow_filter_gradients():
+    if plain_3x3 and weights.shape[2] >= 128 and x.dtype == tf.float32 and devices.slow_filter_gradients():
         return convolve_3x3(x, weights)
     return tf.nn.conv2d(x, weights, strides=stride, padding=padding)
 
@@ -270,7 +273,8 @@ def convolve_3x3(x: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, Callable]
         # The three columns side by side as channels, [positions, 3 * channels]. A row of the filters is then a shift
         # by whole rows of the image, a slice that TensorFlow does not copy; zeros below each image keep its
         # positions away from those of the next.
-        padded = pad(x, 1)
+        with tf.control_dependencies([upstream]):  # else made on the way forward, and all layers' kept at once
+            padded = pad(x, 1)
         columns = tf.concat([padded[:, :, j : j + width] for j in range(3)], axis=-1)
         columns = tf.reshape(columns, [-1, 3 * channels])
         upstream = tf.reshape(tf.pad(upstream, [[0, 0], [0, 2], [0, 0], [0, 0]]), [-1, outputs])

@@ -519,11 +519,11 @@ def test_the_gradients_of_a_3x3_convolution_are_those_of_tensorflow(batch: int, 
         np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("network", "convolutions", "plain"), [("vgg_19", 16, 15), ("resnet_50", 53, 16)])
+@pytest.mark.parametrize(("network", "convolutions", "plain"), [("vgg_19", 16, 13), ("resnet_50", 53, 13)])
 def test_a_step_has_the_gradient_of_filters_that_is_faster_on_the_cpu(
     network: str, convolutions: int, plain: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of plain 3x3 filters; strides, other kernels, the images themselves and bfloat16 keep TensorFlow's."""
+    """Of 3x3 filters of 128 channels and more; other kernels, few channels and bfloat16 keep TensorFlow's."""
 
     def gradients_by_tensorflow(dtype: tf.DType) -> int:
         net = Network(network, "gap", 3, 32, compute_dtype=dtype)
