@@ -31,7 +31,7 @@ class HeatMap:
 
     values: float32 [h, w], what each position of the crop adds to the logit; see `attribution.class_maps`.
     size: height and width of the photograph, upright, in pixels; crop: top, left and side of the square that was seen.
-        Of a photograph that was decoded at 1/n of its size multiples of n, up to n - 1 more than it has.
+        Of a photograph that was decoded at 1/n of its size, size and side are up to n - 1 less than it has.
     picture: uint8 [H', W', 3], the whole photograph, reduced to sides of at most `PICTURE_SIDE`.
     """
 
@@ -203,8 +203,10 @@ class Predictor:
             heatmap = None
             if maps is not None and item.picture is not None:
                 corner, side = data.central_crop(tf.constant(item.size), self._spec.crop_margin, item.reduction)
-                height, width, top, left, length = (int(n) * item.reduction for n in (*item.size, *corner, side))
-                heatmap = HeatMap(maps[row].numpy(), (height, width), (top, left, length), item.picture)
+                height, width = ((n - 1) * item.reduction + 1 for n in item.size)  # surely inside the photograph
+                top, left, length = (int(n) * item.reduction for n in (*corner, side))
+                crop = top, left, min(length, height - top, width - left)
+                heatmap = HeatMap(maps[row].numpy(), (height, width), crop, item.picture)
             of_image = probabilities[row], features[row].numpy()
             yield Prediction(item.name, self.class_names, "", *of_image, heatmap, unknown[row])
 

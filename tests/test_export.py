@@ -439,9 +439,23 @@ def test_a_run_that_decodes_scaled_is_exported_so(
         np.testing.assert_allclose(batch["probabilities"][0], answer.probabilities, rtol=0, atol=1e-5)
         assert answer.heatmap is not None
         if path == turned:  # decoded at 1/4: the crop is 160 - 2 * 3 of the pixels there
-            assert answer.heatmap.size == (1004, 640)
+            assert answer.heatmap.size == (1001, 637)  # 251 x 160 there, so at least this
             assert answer.heatmap.crop == (192, 12, 4 * 154)
         elif path == files["2000x3000"]:  # at 1/8, so that another answer shows that it was
             assert np.abs(answer.probabilities - expected["2000x3000"]).max() > 1e-4
         else:
             np.testing.assert_allclose(answer.probabilities, expected[path.name], rtol=0, atol=1e-5)
+
+
+def test_the_crop_of_a_reduced_photograph_lies_inside_it(run: Run, tmp_path: Path) -> None:
+    changed = tmp_path / "scaled"
+    shutil.copytree(run.path, changed)
+    config = json.loads((changed / "config.json").read_text())
+    config["preprocessing"] |= {"decode": "scaled", "crop_margin": 0}
+    (changed / "config.json").write_text(json.dumps(config))
+    photo = tmp_path / "odd.jpg"
+    photo.write_bytes(encoded(photograph(1025, 2001), "JPEG"))  # 129 x 251 at 1/8
+    (answer,) = Predictor(Run(changed), heatmaps=True).predict([photo])
+    assert answer.heatmap is not None
+    assert answer.heatmap.size == (1025, 2001)
+    assert answer.heatmap.crop == (0, 8 * 61, 1025)

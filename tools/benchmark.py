@@ -42,7 +42,9 @@ Rounds = tuple[int, int]  # timed, and before them those that are not counted
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", choices=tuple(NETWORKS), default="vgg_19", help="default: vgg_19")
-    parser.add_argument("--head", choices=("fc", "gap", "linear"), default="fc", help="default: fc")
+    parser.add_argument(
+        "--head", choices=("fc", "gap", "linear"), help="default: fc, or gap where the size is too small"
+    )
     parser.add_argument("--train-from", default="", help="first stage to train; default: all")
     parser.add_argument("--image-size", type=int, default=0, help="pixels; default: as published")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step (default: 16)")
@@ -105,7 +107,8 @@ def measure_network(arguments: argparse.Namespace, rounds: Rounds, stop: StopSig
     dtype = devices.compute_dtype(arguments.precision)
     size = arguments.image_size or NETWORKS[arguments.network].image_size
     try:
-        network = Network(arguments.network, arguments.head, arguments.classes, size, compute_dtype=dtype)
+        head = arguments.head or ("fc" if size >= NETWORKS[arguments.network].fc_min_size else "gap")
+        network = Network(arguments.network, head, arguments.classes, size, compute_dtype=dtype)
     except ValueError as error:
         raise UserError(f"--image-size {size}: {error}") from None
     first = arguments.train_from or network.stages[0]
@@ -116,7 +119,7 @@ def measure_network(arguments: argparse.Namespace, rounds: Rounds, stop: StopSig
     labels = rng.integers(0, arguments.classes, arguments.batch_size)
     pairs = {"ours": ours(network, first, arguments.compile, x, labels)}
     if arguments.peers:
-        if (arguments.network, arguments.head, first, size) != ("vgg_19", "fc", network.stages[0], 224):
+        if (arguments.network, head, first, size) != ("vgg_19", "fc", network.stages[0], 224):
             raise UserError(
                 "--peers: they train vgg_19 with the fc head, all stages, at 224 px: leave other flags away"
             )

@@ -85,8 +85,8 @@ class Settings:
     crop_margin: int = _setting(10, "the crop is a square of side min(h, w) - 2 * margin, pixels", least=0, below=MANY)
     decode: str = _setting(
         "full",
-        "'scaled': a JPEG whose short side is over 8 times the network's is decoded at 1/2, 1/4 or 1/8 of its size, in "
-        "about half the time; grey levels then differ by 0.1 on average",
+        "'scaled': a JPEG whose short side is over about 8 times the network's is decoded at 1/2, 1/4 or 1/8 of it, "
+        "in half the time; grey levels then differ by 0.1 on average",
         choices=DECODE,
     )
     augment: tuple[str, ...] = _setting((), "random changes of training images beside the crop", choices=AUGMENTATIONS)
