@@ -301,8 +301,9 @@ def use_cpu(flags: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes Linux tell of a CPU with these instruction sets."""
     (folder / "cpuinfo").write_text(f"flags\t: fpu {flags} sse\n")
     monkeypatch.setattr(console, "Path", lambda _: folder / "cpuinfo")
+    uncached = getattr(console.cpu_flags, "__wrapped__", console.cpu_flags)
     for module in (console, devices):
-        monkeypatch.setattr(module, "cpu_flags", console.cpu_flags.__wrapped__)
+        monkeypatch.setattr(module, "cpu_flags", uncached)
 
 
 @pytest.mark.parametrize(
