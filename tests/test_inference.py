@@ -85,7 +85,8 @@ def test_paths_bytes_and_arrays_give_the_same_prediction_and_errors_stay_in_plac
     assert [p.name for p in found] == [photos[0], str(tmp_path / "bad.png"), "", "", ""]
     assert [bool(p.error) for p in found] == [False, True, False, False, True]
     for prediction in found[2:4]:
-        np.testing.assert_allclose(prediction.probabilities, found[0].probabilities, atol=1e-6)
+        # The first one is in a batch of its own, which is rounded otherwise.
+        np.testing.assert_allclose(prediction.probabilities, found[0].probabilities, atol=1e-5)
     assert found[1].top() == []
     assert [p.name for p in predictor.predict(photos[0])] == [photos[0]]
     with pytest.raises(ValueError, match="uint8"):
