@@ -8,7 +8,6 @@ fatal signal), and memory is bounded by one batch.
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -285,17 +284,28 @@ def cached_loads(
     views = {phase.input_stage: phase.views for phase in phases if phase.views}
     in_order = sorted(views, key=network.stages.index)
     weights = {stage: _hash_weights(network, stage) for stage in in_order}  # once for all splits: VGG19's take 0.3 s
-    caches: dict[str, list[Cache]] = {split: [] for split in examples}
-    for split in examples:
-        for stage in in_order:
-            chosen = list(range(views[stage])) if split == "train" else [data.CENTRAL_VIEW]
-            of_stage = functools.partial(
-                Cache, network, stage, listed[split], prints, spec, chosen, root, weights=weights[stage]
+
+    def caches_of(split: str, batch: int) -> list[Cache]:
+        return [
+            Cache(
+                network,
+                stage,
+                listed[split],
+                prints,
+                spec,
+                list(range(views[stage])) if split == "train" else [data.CENTRAL_VIEW],
+                root,
+                weights=weights[stage],
+                batch=batch,
             )
-            cache = of_stage()
-            if batch != IMAGES_AT_ONCE and cache.missing_rows():  # a whole one serves where memory is short, too
-                cache = of_stage(batch=batch)
-            caches[split].append(cache)
+            for stage in in_order
+        ]
+
+    caches = {split: caches_of(split, IMAGES_AT_ONCE) for split in examples}
+    if batch != IMAGES_AT_ONCE:  # what is whole serves where memory is short, too
+        for split, of_split in caches.items():
+            if any(cache.missing_rows() for cache in of_split):
+                caches[split] = caches_of(split, batch)
     every = [cache for of_split in caches.values() for cache in of_split]
     check_disk(every, root)
     if missing := sum(cache.missing_rows() for cache in every):
