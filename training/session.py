@@ -64,9 +64,9 @@ def train(settings: Settings, data_path: str, run: Run, command: list[str]) -> d
         if begins:
             plan.write_images(run, prepared.images)
             run.create(prepared.config)
-        for line in _introduction(run, prepared.config, prepared.found.remarks(), replicas):
-            print(line, flush=True)
         with StopSignals() as stop, readable_failures(), replicas.losses_explained():
+            for line in _introduction(run, prepared.config, prepared.found.remarks(), replicas):
+                print(line, flush=True)
             replicas.largest(prepared.settings.accumulate)  # the other workers begin with the run as it is now
             results = _train(run, prepared, stop, replicas)
             replicas.leave()
