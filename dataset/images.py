@@ -333,8 +333,7 @@ def _looks_whole(head: bytes, tail: bytes, size: int) -> bool:
 def _has_end(kind: str | None, tail: bytes) -> bool:
     if kind == "gif":
         return tail.rstrip(b"\0").endswith(b";")
-    # From the end, where they are.
-    return (kind == "jpeg" and tail.rfind(b"\xff\xd9") >= 0) or (kind == "png" and tail.rfind(b"IEND\xaeB`\x82") >= 0)
+    return (kind == "jpeg" and b"\xff\xd9" in tail) or (kind == "png" and b"IEND\xaeB`\x82" in tail)
 
 
 def _good_header(kind: str | None, head: bytes, size: int) -> bool:

@@ -92,12 +92,7 @@ def prepare(settings: Settings, data_path: str, command: Sequence[str] = ()) -> 
     if source != "none":
         source = find_imagenet(settings.network) if source == "imagenet" else source
         arrays = load_pretrained(source, settings.network)
-    head, why = settings.head, "as asked"
-    if head == "auto":
-        hidden = list(row.fc(1))[:-1]
-        has_fc = bool(hidden) and all(f"{row.scope or settings.network}/{stage}/weights" in arrays for stage in hidden)
-        head, why = "fc" if has_fc else "gap", f"the weights bring {'' if has_fc else 'no '}fc6 and fc7"
-        why = why if hidden else f"{settings.network} has no fc6 and fc7"
+    head, why = _choose_head(settings, arrays)
     model = ModelRecord(settings.network, head, len(found.class_names), settings.image_size, settings.seed)
     dtype = devices.compute_dtype(settings.precision)
     try:
@@ -163,6 +158,18 @@ def resume(run: Run, settings: Settings, data_path: str) -> Prepared:
         arrays = {} if source == "none" else load_pretrained(source, settings.network)
         restore_pretrained(network, arrays, source)
     return Prepared(config, settings, found, examples, listed, prints, recorded, network)
+
+
+def _choose_head(settings: Settings, arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
+    """The head of a new run, and why: `auto` is `fc` where the weights bring its hidden layers."""
+    if settings.head != "auto":
+        return settings.head, "as asked"
+    row = NETWORKS[settings.network]
+    hidden = list(row.fc(1))[:-1]
+    if not hidden:
+        return "gap", f"{settings.network} has no fc6 and fc7"
+    has_fc = all(f"{row.scope or settings.network}/{stage}/weights" in arrays for stage in hidden)
+    return ("fc", "the weights bring fc6 and fc7") if has_fc else ("gap", "the weights bring no fc6 and fc7")
 
 
 def restore_pretrained(network: Network, arrays: dict[str, np.ndarray], source: str) -> RestoreReport:
